@@ -1,0 +1,40 @@
+"""metis-kernels: fused operators for HDPO, reinforcement learning of agents that use tools.
+
+Importing it imports torch and nothing else, and touches no device.
+"""
+
+from importlib import metadata
+
+from metis_kernels._impl import status
+from metis_kernels.advantages import (
+    Advantages,
+    hdpo_advantages,
+    hdpo_normalizers,
+    tool_reward,
+)
+from metis_kernels.hdpo import HDPOConfig, HDPOStats, HDPOTargets, hdpo_loss
+from metis_kernels.linear_hdpo import linear_hdpo_loss
+from metis_kernels.linear_logprobs import linear_cross_entropy, linear_logprobs
+from metis_kernels.logprobs import logprobs
+
+__all__ = [
+    "Advantages",
+    "HDPOConfig",
+    "HDPOStats",
+    "HDPOTargets",
+    "hdpo_advantages",
+    "hdpo_loss",
+    "hdpo_normalizers",
+    "linear_cross_entropy",
+    "linear_hdpo_loss",
+    "linear_logprobs",
+    "logprobs",
+    "status",
+    "tool_reward",
+]
+
+try:
+    __version__ = metadata.version("metis-kernels")
+except metadata.PackageNotFoundError:
+    # A checkout that was never installed; pyproject.toml is the one place that names the version.
+    __version__ = "0+unknown"

@@ -1,0 +1,136 @@
+"""Logits -> logprob and entropy of each token, without a second copy of the logits in fp32.
+
+For callers whose logits exist already. Legend: S tokens, V vocabulary; "work" is float64 for
+float64 logits, else float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metis_kernels import _impl
+from metis_kernels.hdpo import check_range
+
+_CHUNK_BYTES = 1 << 26
+_FLOOR = -1e4
+"""exp of it is 0 in fp32 and fp64, and 0 * _FLOOR is 0 where 0 * -inf would be NaN."""
+
+
+def logprobs_ref(
+    logits: Tensor, label: Tensor, *, temperature: float = 1.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Dense, by autograd (logits of -inf included, in the outputs though not in their gradient)."""
+    logp = torch.log_softmax(logits.to(dtype) / temperature, -1)
+    logprob = logp.gather(-1, label.long().unsqueeze(-1)).squeeze(-1)
+    return logprob, torch.special.entr(logp.exp()).sum(-1)
+
+
+class LogProbs(torch.autograd.Function):
+    """Keeps the logits (which exist anyway), their log-sum-exp and the entropy; chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, logits, label, temperature):
+        work = torch.promote_types(logits.dtype, torch.float32)
+        logprob, entropy, lse = (
+            torch.empty(len(label), dtype=work, device=logits.device) for _ in range(3)
+        )
+        for part in _chunks(logits):
+            scaled = logits[part].to(work) / temperature
+            top = scaled.amax(1, keepdim=True)
+            shifted = scaled.sub_(top)
+            chosen = shifted.gather(1, label[part].unsqueeze(1)).squeeze(1)
+            shifted.clamp_(min=_FLOOR)
+            probs = shifted.exp()
+            total = _row_sum(probs)
+            log_total = total.log()
+            logprob[part] = chosen - log_total
+            entropy[part] = log_total - _row_sum(probs.mul_(shifted)) / total
+            lse[part] = top.squeeze(1) + log_total
+        ctx.save_for_backward(logits, label, lse, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logprob, d_entropy):
+        logits, label, lse, entropy = ctx.saved_tensors
+        if d_logprob is None and d_entropy is None:
+            return None, None, None
+        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for part in _chunks(logits):
+            log_p = logits[part].to(lse.dtype) / ctx.temperature
+            log_p = log_p.sub_(lse[part].unsqueeze(1)).clamp_(min=_FLOOR)
+            probs = log_p.exp()
+            idle = torch.ones_like(lse[part], dtype=torch.bool)
+            slope = torch.zeros_like(lse[part]).unsqueeze(1)
+            if d_logprob is not None:
+                g = d_logprob[part]
+                idle &= g == 0
+                slope = slope - g.unsqueeze(1)
+            if d_entropy is not None:
+                h = d_entropy[part]
+                idle &= h == 0
+                slope = slope - h.unsqueeze(1) * log_p.add_(entropy[part].unsqueeze(1))
+            probs.mul_(slope)
+            if d_logprob is not None:
+                probs.scatter_add_(1, label[part].unsqueeze(1), g.unsqueeze(1))
+            # A token that nobody asks about has no gradient, even where its logits are NaN.
+            probs.div_(ctx.temperature).masked_fill_(idle.unsqueeze(1), 0)
+            d_logits[part] = probs
+        return d_logits, None, None
+
+
+def _forward(logits: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return LogProbs.apply(logits, label, temperature)
+
+
+_impl.register("logprobs", "torch", _forward)
+
+
+def logprobs(
+    logits: Tensor, label: Tensor, *, temperature: float = 1.0, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(logprob [...], entropy [...]) of label [...] under softmax(logits [..., V] / temperature).
+
+    Floating logits of any layout; both outputs are fp32 (fp64 for fp64) and differentiable. A logit
+    of -inf is a token that cannot be: probability 0, no entropy, no gradient. A row of NaN, or of
+    nothing but -inf, gives NaN in its own outputs and in its own gradient, unless its upstream
+    gradients are exactly 0: then 0.
+    Raises ValueError where shapes, dtypes, devices or (on the CPU) the range of label disagree;
+    RuntimeError where impl cannot run here.
+    """
+    if not logits.is_floating_point():
+        raise ValueError(f"expected logits in a floating dtype, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[:-1] != label.shape or logits.shape[-1] == 0:
+        raise ValueError(
+            f"expected logits [..., V] and label [...], V >= 1, got {list(logits.shape)} and "
+            f"{list(label.shape)}"
+        )
+    if label.dtype == torch.bool or label.is_floating_point():
+        raise ValueError(f"expected label in an integer dtype, got {label.dtype}")
+    if label.device != logits.device:
+        raise ValueError(f"expected label on {logits.device} as logits are, got {label.device}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    check_range("label", label, logits.shape[-1], "entries of the vocabulary")
+    run = _impl.implementation("logprobs", impl, logits.device)
+    flat = logits.reshape(-1, logits.shape[-1])
+    logprob, entropy = run(flat, label.reshape(-1).long(), temperature)
+    return logprob.view(label.shape), entropy.view(label.shape)
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    """Slices of rows whose working copies fit _CHUNK_BYTES."""
+    count, vocab = logits.shape
+    size = max(_CHUNK_BYTES // (vocab * 8), 1)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """x.sum(1), in the order of summation that it has among other rows even where it is alone.
+
+    (torch splits a sum of a single output across threads, and no other.)
+    """
+    return x.sum(1) if len(x) != 1 else x.expand(2, -1).sum(1)[:1]
