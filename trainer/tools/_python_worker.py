@@ -103,11 +103,13 @@ class Screen(io.TextIOBase):
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        if self.room:
-            self.texts.append(text[: self.room])
-        self.cut += max(0, len(text) - self.room)
-        self.room -= min(self.room, len(text))
-        return len(text)
+        length = len(text)
+        kept = min(length, self.room)
+        if kept:
+            self.texts.append(text[:kept])
+            self.room -= kept
+        self.cut += length - kept
+        return length
 
     def display(self, *values: Any) -> None:
         """Show values as a notebook does: images as images, the rest by its repr."""

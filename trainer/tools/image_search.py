@@ -34,7 +34,8 @@ class ImageSearch:
         per_trajectory: int | None = None,
     ):
         """entries: images with the text to return for each. max_distance: bits, 0 to 64.
-        per_trajectory: how many calls of one session are answered; None: all of them."""
+        per_trajectory: how many calls of one session are answered; None: all of them.
+        Raises ValueError for one out of range or an image without pixels."""
         if not 0 <= max_distance <= HASH_BITS:
             raise ValueError(f"max_distance must be 0 to {HASH_BITS}, got {max_distance}")
         if top_k < 1:
@@ -58,7 +59,7 @@ class ImageSearch:
 
     async def call(self, session: Session) -> Observation:
         """Search for images that look like image_1 and return what is known of them."""
-        if not session.images:
+        if not session.images or 0 in session.images[0].size:
             raise ToolError("there is no image to search for")
         if self.per_trajectory is not None:
             if id(session) not in self._calls:
@@ -72,5 +73,5 @@ class ImageSearch:
 def _hash(image: Image) -> np.ndarray:
     """[64] bool"""
     if 0 in image.size:
-        raise ToolError(f"the image is empty: {image.width}x{image.height} pixels")
+        raise ValueError(f"the image is empty: {image.width}x{image.height} pixels")
     return imagehash.phash(image.convert("RGB")).hash.ravel()
