@@ -184,7 +184,8 @@ def test_the_same_call_gives_the_same_observation(python):
         ("raise ValueError('x' * 10**6)", r"ValueError: x{900,1000}\.\.\. \(line 1\)"),
         ("x = bytearray(1 << 30)", r"MemoryError \(line 1\)"),
         ("x = []\nwhile True: x.append(bytearray(1 << 20))", r"MemoryError \(line 2\)"),
-        ("x = []\nwhile True: x.append(len(x))", r"MemoryError \(line 2\)"),
+        # Not of integers: out of memory for one of those, CPython 3.11 unwinds for ever.
+        ("x = []\nwhile True: x.append(bytes(9999))", r"MemoryError \(line 2\)"),
         ("np.zeros(1 << 40)", r"MemoryError: Unable to allocate .*"),
         ("Image.new('RGB', (65535, 65535))", r"MemoryError.*"),
         ("open('x', 'wb').write(bytes(2 << 20))", r"OSError: \[Errno 27\] File too large.*"),
@@ -359,7 +360,7 @@ LEFT_BEHIND = {
     "daemon": "if os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(60)\n os._exit(0)",
     "many": "for _ in range(30):\n if os.fork() == 0: os.setsid(); time.sleep(60)",
     "talker": "if os.fork() == 0:\n os.setsid()\n while True: os.write(3, b'x' * 9999)",
-    "falls through": "os.fork(); os.fork()",
+    "falls through": "p = os.fork(); q = os.fork()",
     "thread": "import threading as t; t.Thread(target=time.sleep, args=[60]).start()",
     "subprocess": "import subprocess; p = subprocess.Popen(['sleep', '60'])",
     "parent exits": "if os.fork() != 0: os._exit(0)\ntime.sleep(60)",
@@ -522,6 +523,20 @@ def test_close_ends_processes_and_removes_directories():
         tool.run("7")
 
 
+def test_deep_trees_and_links_are_removed_and_only_they(tmp_path):
+    (tmp_path / "kept").write_text("x")
+    code = (
+        f"import os\nos.symlink({str(tmp_path)!r}, 'link')\nopen('file', 'w')\n"
+        "for _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"
+    )
+    with PythonTool(workers=1) as tool:
+        assert tool.run(code).text == "(no output)"
+        assert tool.run("import os\nos.listdir('.')").text == "[]"
+        directory = tool._workers[0]._directory
+    assert not os.path.exists(directory)
+    assert (tmp_path / "kept").exists()
+
+
 TRAINER = """
 import threading
 from trainer.tools import PythonTool
@@ -587,8 +602,8 @@ def test_bad_settings(settings):
 
 def test_a_call_is_quick(python, picture):
     times = []
-    for _ in range(200):
+    for _ in range(100):
         start = time.perf_counter()
         python.run("image_1.crop((0, 0, 64, 64))", [picture])
         times.append(time.perf_counter() - start)
-    assert sorted(times)[100] < 0.05  # measured: 5 ms on an idle machine; a tenth of the bound
+    assert sorted(times)[50] < 0.05  # measured: 5 ms on an idle machine; a tenth of the bound
