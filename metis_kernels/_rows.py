@@ -20,7 +20,8 @@ A row pass is called as f(logits, target, label, head, coefficient) -> (logprob,
                       gradients of the loss with respect to both, h None where it is all zero
     logprob, entropy  [C] in work dtype
 
-A row whose logprob is not finite leaves zeros in its row of d(logits).
+A row whose target is not finite has a logprob of NaN, and a row whose logprob is not finite leaves
+zeros in its row of d(logits).
 """
 
 from __future__ import annotations
@@ -281,7 +282,8 @@ def row_pass_torch(
     probs = shifted.exp()
     total = _row_sum(probs)
     log_total = total.log()
-    logprob = logprob - log_total
+    # A softcap would make a finite logprob of a broken hidden state; its target shows what it is.
+    logprob = torch.where(torch.isfinite(target), logprob - log_total, float("nan"))
     entropy = log_total - _row_sum(shifted * probs) / total
     if coefficient is None:
         return logprob, entropy

@@ -27,13 +27,17 @@ def logprobs_ref(
 
 
 class LogProbs(torch.autograd.Function):
-    """Keeps the logits (which exist anyway), their log-sum-exp and the entropy; chunk by chunk."""
+    """Keeps the logits (which exist anyway) and three numbers per token; works chunk by chunk.
+
+    The two halves of the log-sum-exp stay apart: their sum is rounded at the size of the logits,
+    and that error would be in every probability of the row.
+    """
 
     @staticmethod
     def forward(ctx, logits, label, temperature):
         work = torch.promote_types(logits.dtype, torch.float32)
-        logprob, entropy, lse = (
-            torch.empty(len(label), dtype=work, device=logits.device) for _ in range(3)
+        logprob, entropy, peak, log_totals = (
+            torch.empty(len(label), dtype=work, device=logits.device) for _ in range(4)
         )
         for part in _chunks(logits):
             scaled = logits[part].to(work) / temperature
@@ -46,8 +50,8 @@ class LogProbs(torch.autograd.Function):
             log_total = total.log()
             logprob[part] = chosen - log_total
             entropy[part] = log_total - _row_sum(probs.mul_(shifted)) / total
-            lse[part] = top.squeeze(1) + log_total
-        ctx.save_for_backward(logits, label, lse, entropy)
+            peak[part], log_totals[part] = top.squeeze(1), log_total
+        ctx.save_for_backward(logits, label, peak, log_totals, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return logprob, entropy
@@ -55,16 +59,16 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_logprob, d_entropy):
-        logits, label, lse, entropy = ctx.saved_tensors
+        logits, label, peak, log_totals, entropy = ctx.saved_tensors
         if d_logprob is None and d_entropy is None:
             return None, None, None
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for part in _chunks(logits):
-            log_p = logits[part].to(lse.dtype) / ctx.temperature
-            log_p = log_p.sub_(lse[part].unsqueeze(1)).clamp_(min=_FLOOR)
-            probs = log_p.exp()
-            idle = torch.ones_like(lse[part], dtype=torch.bool)
-            slope = torch.zeros_like(lse[part]).unsqueeze(1)
+            log_p = logits[part].to(peak.dtype) / ctx.temperature
+            log_p = log_p.sub_(peak[part].unsqueeze(1)).sub_(log_totals[part].unsqueeze(1))
+            probs = log_p.clamp_(min=_FLOOR).exp()
+            idle = torch.ones_like(peak[part], dtype=torch.bool)
+            slope = torch.zeros_like(peak[part]).unsqueeze(1)
             if d_logprob is not None:
                 g = d_logprob[part]
                 idle &= g == 0
