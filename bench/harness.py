@@ -1,0 +1,130 @@
+"""How a number comes about: correct first, then interleaved times, memory in its own process.
+
+A benchmark is a module with `variants(args) -> dict[str, Callable[[], None]]`, each a closure over
+the same inputs that runs the whole of what is timed. `main` in it hands them to `measure` and
+`peak_bytes`, and the result to `write`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import metis_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(
+    variants: dict[str, Callable[[], None]], rounds: int = 15, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per variant: median, 20th and 80th percentile.
+
+    Each round runs every variant once, in turn from another start, so that a machine that slows
+    down slows all of them.
+    """
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for step in range(warmup + rounds):
+        for i in range(len(names)):
+            name = names[(i + step) % len(names)]
+            synchronize()
+            start = time.perf_counter()
+            variants[name]()
+            synchronize()
+            if step >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {
+            "median_ms": statistics.median(t),
+            "p20_ms": statistics.quantiles(t, n=5)[0],
+            "p80_ms": statistics.quantiles(t, n=5)[3],
+        }
+        for name, t in times.items()
+    }
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """Bytes that run adds at its peak to what this process holds. One call per process: an
+    allocator that has grown stays grown.
+
+    On the CPU this is resident memory (Linux), so it includes BLAS's own buffers.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # 5 resets the high-water mark of resident memory.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def peak_in_subprocess(module: str, variant: str, arguments: list[str]) -> int:
+    """`peak_bytes` of one variant of a benchmark module, in a fresh process."""
+    command = [sys.executable, "-m", module, *arguments, "--probe", variant]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def stamp() -> dict[str, object]:
+    """Where and with what the numbers were taken."""
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "metis_kernels": metis_kernels.__version__,
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "metis_kernels", "bench")),
+    }
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
+    return platform.processor() or "unknown"
+
+
+def write(path: Path, benchmark: str, records: list[dict]) -> None:
+    """Sets benchmark's entry in the JSON file at path; other benchmarks' entries stay."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content[benchmark] = {"stamp": stamp(), "records": records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: memory can be measured on Linux only")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()

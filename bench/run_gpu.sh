@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: every operator's tests on it, then every benchmark, into
+# bench/results/<gpu>.json. A red test stops it: what is wrong is not timed.
+#
+#   bash bench/run_gpu.sh            PYTHON=... chooses the interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+
+name=$("$PYTHON" -c '
+import re, torch
+if torch.cuda.is_available():
+    print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
+')
+if [ -z "$name" ]; then
+    echo "bench/run_gpu.sh: torch sees no CUDA device, so there is nothing to measure here." >&2
+    echo "On the CPU: $PYTHON -m bench.bench_linear_hdpo" >&2
+    exit 1
+fi
+
+"$PYTHON" -m pytest tests -q -m gpu
+out=bench/results/$name.json
+for dtype in bfloat16; do
+    "$PYTHON" -m bench.bench_linear_hdpo --rows 8192 --hidden 4096 --vocab 151936 \
+        --dtype "$dtype" --active 1.0 0.5 0.3 0.1 --out "$out"
+done
+echo "wrote $out"
