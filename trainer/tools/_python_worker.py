@@ -63,12 +63,13 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 def read_exactly(fd: int, size: int) -> bytearray:
     """Raises EOFError where the other side has gone."""
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(fd, min(size - len(data), 1 << 20))
-        if not chunk:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = os.readv(fd, [view])
+        if not count:
             raise EOFError
-        data += chunk
+        view = view[count:]
     return data
 
 
@@ -175,17 +176,6 @@ def describe(error: BaseException) -> str | None:
     return text if line is None else f"{text} (line {line})"
 
 
-def images_of(header: dict[str, Any], body: bytearray) -> dict[str, Image.Image]:
-    """image_1, image_2, ... from the raw pixels of a request."""
-    images, start = {}, 0
-    for number, (mode, width, height) in enumerate(header["images"], 1):
-        size = width * height * len(mode)  # L, RGB, RGBA: a byte for each letter
-        pixels = memoryview(body)[start : start + size]
-        images[f"image_{number}"] = Image.frombytes(mode, (width, height), pixels)
-        start += size
-    return images
-
-
 def confine(limits: dict[str, Any], base: int) -> None:
     """Bound what this process may use. base: bytes of address space in use before the code."""
     seconds = math.ceil(limits["seconds"]) + 1
@@ -243,19 +233,40 @@ def answer(
 # --- The zygote: the calls one after another ------------------------------------------------------
 
 
+def take_images(
+    header: dict[str, Any], body: bytearray, held: dict[int, Image.Image]
+) -> dict[str, Image.Image]:
+    """image_1, image_2, ... of a request: [key] is an image held from an earlier one, and
+    [key, mode, width, height] a new one, its raw pixels next in the body. The trainer says what
+    to forget: it keeps the same account."""
+    for key in header["forget"]:
+        del held[key]
+    start = 0
+    for key, *new in header["images"]:
+        if new:
+            mode, width, height = new
+            size = width * height * len(mode)  # L, RGB, RGBA: a byte for each letter
+            pixels = memoryview(body)[start : start + size]
+            held[key] = Image.frombytes(mode, (width, height), pixels)
+            start += size
+    return {f"image_{n}": held[key] for n, (key, *_) in enumerate(header["images"], 1)}
+
+
 def serve(
     header: dict[str, Any],
     body: bytearray,
     limits: dict[str, Any],
-    base: int,
+    held: dict[int, Image.Image],
     requests: int,
     directory: str,
 ) -> tuple[dict[str, Any], bytes | bytearray]:
     """Fork, wait for the result, kill whatever is left. Returns the reply's header and body."""
     os.mkdir(directory)
     # Whatever can be done before the fork is: a page first written to in the child costs 3 us.
-    images = images_of(header, body)
+    images = take_images(header, body, held)
     numpy.random.seed(header["seed"])
+    with open("/proc/self/statm") as file:
+        base = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -365,9 +376,9 @@ def leave() -> NoReturn:
 def rehearse(limits: dict[str, Any]) -> None:
     """Run what every child runs, so that caches and specialised bytecode are shared, not copied."""
     Image.preinit()
-    header = {"images": [("RGB", 8, 8)]}
+    header = {"forget": [], "images": [(0, "RGB", 8, 8)]}
     for _ in range(20):
-        images = images_of(header, bytearray(192))
+        images = take_images(header, bytearray(192), {})
         result, _ = answer("print(image_1.crop((0, 0, 4, 4)))\nimage_1", images, Screen(limits))
         json.dumps(result)
 
@@ -386,12 +397,10 @@ def main() -> None:
     rehearse(limits)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, the pages that all children share
-    with open("/proc/self/statm") as file:
-        base = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
     write_frame(replies, {"ended": "ready"})
     poll = select.poll()
     poll.register(requests, select.POLLIN)
-    root, number = os.getcwd(), 0
+    root, number, held = os.getcwd(), 0, {}
     while True:
         # No PDEATHSIG here: it follows the *thread* that started this process, which may end long
         # before the trainer. The pipe tells, and the parent's id where a fork still holds the pipe.
@@ -404,7 +413,7 @@ def main() -> None:
             body = read_exactly(requests, tail)
             number += 1
             directory = os.path.join(root, f"call{number}")
-            reply, frame = serve(header, body, limits, base, requests, directory)
+            reply, frame = serve(header, body, limits, held, requests, directory)
             write_frame(replies, reply, frame)
         except (EOFError, BrokenPipeError):
             leave()

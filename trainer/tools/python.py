@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -36,6 +37,10 @@ START_SECONDS = 60.0
 GRACE_SECONDS = 10.0
 """Past the code's own limit, for the fork, the clean-up and the transfer: then the worker hangs."""
 
+HELD_BYTES = 64 << 20
+"""Pixels that a worker keeps for the next calls: a trajectory's turns, and the rollouts of one
+question, ask about the same images."""
+
 _BOOT = "import runpy, sys; del sys.path[0]; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 _MODES = ("L", "RGB", "RGBA")
 
@@ -54,7 +59,8 @@ class PythonTool:
     to signal them. Run code that you do not trust inside a container or a virtual machine.
 
     Random generators are seeded by the session and the number of the call, and string hashes are
-    fixed, so the same calls give the same observations.
+    fixed, so the same calls give the same observations. A worker remembers images that it was
+    sent: an image must not be changed in place once it is a session's.
     """
 
     name = "python"
@@ -108,7 +114,7 @@ class PythonTool:
         Args:
             code: Python code
         """  # noqa: E501
-        request = self._request(code, session.images, session.seed + session.calls)
+        request = _Request(code, session.images, session.seed + session.calls)
         loop = asyncio.get_running_loop()
         observation = await loop.run_in_executor(self._threads, self._answer, request)
         session.images.extend(observation.images)
@@ -116,7 +122,7 @@ class PythonTool:
 
     def run(self, code: str, images: Sequence[Image.Image] = (), seed: int = 0) -> Observation:
         """The same without a session, blocking. Raises ToolInfraError where no worker answers."""
-        return self._threads.submit(self._answer, self._request(code, images, seed)).result()
+        return self._threads.submit(self._answer, _Request(code, images, seed)).result()
 
     def close(self) -> None:
         """Waits for calls that are running, then ends the workers. Calls after it raise."""
@@ -130,21 +136,7 @@ class PythonTool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, code: str, images: Sequence[Image.Image], seed: int) -> list[bytes]:
-        """The request as buffers. On the caller's thread: loading a lazy PIL image is no business
-        of two threads at a time."""
-        sent = [image if image.mode in _MODES else image.convert("RGB") for image in images]
-        header = {
-            "code": code,
-            "seed": seed % (1 << 32),
-            "images": [(image.mode, image.width, image.height) for image in sent],
-        }
-        encoded = json.dumps(header).encode()
-        pixels = [image.tobytes() for image in sent]
-        prefix = wire.PREFIX.pack(len(encoded), sum(map(len, pixels)))
-        return [prefix + encoded, *pixels]
-
-    def _answer(self, request: list[bytes]) -> Observation:
+    def _answer(self, request: _Request) -> Observation:
         worker = self._free.get()
         try:
             try:
@@ -234,6 +226,50 @@ _RESULT_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+class _Request:
+    """Code, a seed, and images: loaded on the caller's thread, for loading a lazy PIL image is no
+    business of two threads at a time."""
+
+    def __init__(self, code: str, images: Sequence[Image.Image], seed: int):
+        self.code = code
+        self.seed = seed % (1 << 32)
+        self.images = list(images)
+        for image in self.images:
+            image.load()
+
+    def encode(self, held: dict[int, Image.Image]) -> tuple[list[bytes], dict[int, Image.Image]]:
+        """The request to a worker that holds the images `held` (by id, least recently used first),
+        as buffers; and what it holds afterwards."""
+        after = dict(held)
+        entries: list[tuple[Any, ...]] = []
+        pixels: list[bytes] = []
+        for image in self.images:
+            key = id(image)  # unique while `after` keeps the image
+            known = after.pop(key, None) is not None
+            after[key] = image
+            if known:
+                entries.append((key,))
+                continue
+            sent = image if image.mode in _MODES else image.convert("RGB")
+            entries.append((key, sent.mode, sent.width, sent.height))
+            pixels.append(sent.tobytes())
+        total = sum(4 * image.width * image.height for image in after.values())
+        for key, image in list(after.items())[: len(after) - len(set(map(id, self.images)))]:
+            if total <= HELD_BYTES:
+                break
+            del after[key]
+            total -= 4 * image.width * image.height
+        header = {
+            "code": self.code,
+            "seed": self.seed,
+            "images": entries,
+            "forget": [key for key in held if key not in after],
+        }
+        encoded = json.dumps(header).encode()
+        prefix = wire.PREFIX.pack(len(encoded), sum(map(len, pixels)))
+        return [prefix + encoded, *pixels], after
+
+
 class _Worker:
     """One zygote process and the two pipes to it. Used by one thread at a time."""
 
@@ -241,9 +277,10 @@ class _Worker:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._directory = ""
+        self._held: dict[int, Image.Image] = {}
         self._remove: weakref.finalize | None = None
 
-    def exchange(self, request: list[bytes], seconds: float) -> tuple[dict[str, Any], bytearray]:
+    def exchange(self, request: _Request, seconds: float) -> tuple[dict[str, Any], bytearray]:
         """Send one request and read its reply, starting the process where none runs.
 
         Raises ToolInfraError, and leaves no process, where it died or did not answer in time.
@@ -253,10 +290,11 @@ class _Worker:
                 self._start()
                 self._read_frame(time.monotonic() + START_SECONDS)
             deadline = time.monotonic() + seconds
-            for data in request:
+            buffers, self._held = request.encode(self._held)
+            for data in buffers:
                 self._write(data, deadline)
             return self._read_frame(deadline)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError, MemoryError) as error:
             reason = f"{type(error).__name__} {error}".strip()
             said = self.stop()
             raise ToolInfraError(f"a python worker failed ({reason}){said}") from error
@@ -273,6 +311,7 @@ class _Worker:
             said = Path(self._directory, "worker.log").read_text(errors="replace")[-2000:].strip()
         self._remove()
         self._process = self._remove = None
+        self._held = {}
         return f": {said}" if said else ""
 
     def _start(self) -> None:
@@ -288,8 +327,10 @@ class _Worker:
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C in the trainer's terminal is the trainer's
             )
-        os.set_blocking(self._process.stdin.fileno(), False)
-        os.set_blocking(self._process.stdout.fileno(), False)
+        for pipe in (self._process.stdin.fileno(), self._process.stdout.fileno()):
+            os.set_blocking(pipe, False)
+            with contextlib.suppress(OSError):  # past the user's quota: smaller is only slower
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
         self._remove = weakref.finalize(self, _clean_up, self._process, directory, os.getpid())
 
     def _write(self, data: bytes, deadline: float) -> None:
@@ -303,18 +344,22 @@ class _Worker:
 
     def _read_frame(self, deadline: float) -> tuple[dict[str, Any], bytearray]:
         head, tail = wire.PREFIX.unpack(self._read(wire.PREFIX.size, deadline))
+        longest = self._limits["header"] + self._limits["body"] + wire.PREFIX.size
+        if head > 4096 or tail > longest:
+            raise ValueError(f"a reply of {head:,} + {tail:,} bytes")
         header = json.loads(self._read(head, deadline))
         return header, self._read(tail, deadline)
 
     def _read(self, size: int, deadline: float) -> bytearray:
         pipe = self._process.stdout.fileno()
-        data = bytearray()
-        while len(data) < size:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
             _wait(pipe, select.POLLIN, deadline)
-            chunk = os.read(pipe, min(size - len(data), 1 << 20))
-            if not chunk:
+            count = os.readv(pipe, [view])
+            if not count:
                 raise EOFError("the process has ended")
-            data += chunk
+            view = view[count:]
         return data
 
 
