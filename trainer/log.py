@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,8 +33,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 from rich.text import Text
+
+from trainer.table import arbitration_table
 
 RUN_FILES = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html",
@@ -356,10 +356,15 @@ class RunLog:
                 bars.remove_task(task)
 
     def table(
-        self, title: str, evaluation: Mapping[str, Any], after: Mapping[str, Any] | None = None
+        self,
+        title: str,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
-        """Print an evaluation, or two side by side, by kind of question and in total."""
-        self.console.print(arbitration_table(title, evaluation, after))
+        """Print an evaluation, or two side by side, by kind of question and in total. `base` is
+        the evaluation of the base model without tools."""
+        self.console.print(arbitration_table(title, before, after, base))
 
 
 class Progress:
@@ -457,53 +462,3 @@ class _Lines:
     def close(self) -> None:
         if self.said != self.done:
             self.line()
-
-
-# ---------------------------------------------------------------------------------------------
-# The arbitration table
-
-
-def _percent(value: Any) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def arbitration_table(
-    title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None = None
-) -> Table:
-    """When a tool is called, and how often the answer is right: percent, and calls per question."""
-    both = [before] if after is None else [before, after]
-    heading = Text(title, style="bold not italic")
-    if after is not None:
-        heading.append("  before → after", style="dim not bold")
-    table = Table(
-        title=heading, title_justify="left", header_style="dim", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for name in ("kind", "n", "tool", "accuracy %", "tool rate %", "calls"):
-        side = "left" if name in ("kind", "tool") else "right"
-        table.add_column(name, justify=side, no_wrap=True)
-
-    def cells(parts: list[Mapping[str, Any]]) -> list[str]:
-        def joined(show: Callable[[Any], str], key: str) -> str:
-            return " → ".join(show(part.get(key)) for part in parts)
-
-        calls = joined(lambda v: "–" if v is None else f"{v:.2f}", "calls")
-        return [joined(_percent, "accuracy"), joined(_percent, "tool_rate"), calls]
-
-    kinds: dict[str, None] = {}
-    for evaluation in both:
-        kinds.update(dict.fromkeys(evaluation.get("by_kind", {})))
-    for kind in kinds:
-        rows = [evaluation.get("by_kind", {}).get(kind, {}) for evaluation in both]
-        needs = rows[-1].get("needs_tool", rows[0].get("needs_tool"))
-        word = {True: "yes", False: "–"}.get(needs, "?")
-        n = rows[-1].get("n", rows[0].get("n", "–"))
-        table.add_row(Text(kind), str(n), word, *cells(rows))
-    table.add_section()
-    n = both[-1].get("n", both[0].get("n", "–"))
-    table.add_row("all", str(n), _percent(both[-1].get("needed_rate")), *cells(both), style="bold")
-    for key, words in (
-        ("redundant_rate", "redundant calls"),
-        ("missed_rate", "missed calls"),
-    ):
-        table.add_row(words, "", "", "", " → ".join(_percent(e.get(key)) for e in both), "")
-    return table

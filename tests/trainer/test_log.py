@@ -333,28 +333,3 @@ def test_an_interrupted_bar_gives_the_cursor_back(folder):
         with log.progress("rl", 4):
             raise KeyboardInterrupt
     assert out.file.getvalue().endswith("\x1b[?25h")
-
-
-def evaluation(rate: float) -> dict:
-    kinds = {"sum_easy": False, "product_[b]": True}
-    row = {"n": 50, "accuracy": 1.0, "tool_rate": rate, "calls": rate}
-    return {
-        "accuracy": 0.93, "tool_rate": rate, "calls": rate, "n": 100, "needed_rate": 0.5,
-        "redundant_rate": rate, "missed_rate": None,
-        "by_kind": {kind: row | {"needs_tool": needs} for kind, needs in kinds.items()},
-    }  # fmt: skip
-
-
-def test_table(folder):
-    out = console()
-    log = RunLog(folder, console=out)
-    log.table("Held-out [i]", evaluation(1.0))
-    one = out.file.getvalue()
-    assert "Held-out [i]" in one and "product_[b]" in one and "→" not in one
-    log.table("Held-out", evaluation(1.0), evaluation(0.4))
-    two = out.file.getvalue()[len(one) :]
-    assert "100.0 → 40.0" in two and "1.00 → 0.40" in two and "– → –" in two
-    narrow = Console(file=io.StringIO(), width=80)
-    RunLog(folder, console=narrow).table("Held-out", evaluation(1.0), evaluation(1.0))
-    assert "…" not in narrow.file.getvalue()
-    log.table("nothing known", {}, {})

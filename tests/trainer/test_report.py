@@ -1,299 +1,31 @@
-"""The report and the pictures, made from synthetic run folders: whole, cut short, and hostile."""
+"""The report, made from synthetic run folders: whole, cut short, and hostile."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
-import random
 import re
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-from trainer import report
-from trainer.log import RunError, RunLog
-from trainer.report import read_run, write_comparison, write_picture, write_report
-
-NEEDS = {
-    "glyph_large": False,
-    "glyph_small": True,
-    "glyph_medium": True,
-    "sum_easy": False,
-    "product_hard": True,
-    "fact_known": False,
-    "fact_search": True,
-    "emblem": True,
-}
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</span></div></main><img src=x onerror=alert(1)>",
-    '" onmouseover="alert(1)" x="',
-    "{{ 7 * 7 }}{% raw %}",
-    "<!-- --><style>*{display:none}</style>",
-    "\u202egnirts desrever",
-    "nul\x00 bell\x07 escape\x1b[31m",
-    "lone \ud800 surrogate",
-    "]]></svg><svg onload=alert(1)>",
+from synthetic import (
+    HOSTILE,
+    NEEDS,
+    Page,
+    base_evaluation,
+    check_page,
+    check_svg,
+    evaluation,
+    make_comparison,
+    make_run,
+    png,
+    rollout,
 )
 
-
-# ---------------------------------------------------------------------------------------------
-# Synthetic runs
-
-
-def png(seed: int, size: tuple[int, int]) -> str:
-    rng = random.Random(seed)
-    image = Image.new("RGB", size, (24, 26, 38))
-    for x in range(0, size[0], 4):
-        for y in range(0, size[1], 4):
-            tone = rng.randrange(40, 230)
-            image.paste((tone, tone // 2 + 60, 255 - tone), (x, y, x + 4, y + 4))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def evaluation(after: bool, seed: int = 0, kinds=NEEDS, shift: float = 0.0) -> dict:
-    rng = random.Random(seed + 100 * after)
-    by_kind = {}
-    for kind, needs in kinds.items():
-        rate = (0.97 if needs else 0.02) + rng.uniform(-0.02, 0.02) + shift if after else 0.995
-        if after and kind == "glyph_medium":
-            rate = 0.8 + rng.uniform(-0.1, 0.1)
-        rate = min(max(rate, 0.0), 1.0)
-        by_kind[kind] = {
-            "n": 50,
-            "needs_tool": needs,
-            "accuracy": min(1.0, 0.93 + 0.03 * after + rng.uniform(-0.04, 0.04)),
-            "tool_rate": rate,
-            "calls": rate * 1.04,
-        }
-
-    def mean(key, only=None):
-        rows = [r for r in by_kind.values() if only is None or r["needs_tool"] is only]
-        return sum(row[key] for row in rows) / max(len(rows), 1)
-
-    return {
-        "accuracy": mean("accuracy"),
-        "tool_rate": mean("tool_rate"),
-        "calls": mean("calls"),
-        "redundant_rate": mean("tool_rate", False),
-        "missed_rate": 1 - mean("tool_rate", True),
-        "needed_rate": sum(NEEDS.values()) / len(NEEDS),
-        "n": 50 * len(kinds),
-        "truncated": 1,
-        "unscored": 0,
-        "by_kind": by_kind,
-    }
-
-
-def rollout(stage: str, kind: str, index: int, calls: int, hostile: bool = False) -> dict:
-    rng = random.Random(f"{stage}{kind}{index}")
-    image = kind.startswith("glyph") or kind == "emblem"
-
-    def given(text):
-        pieces = re.findall(r"\s*\S+|\s+$", text)
-        return [[piece, rng.randrange(2000), False, 0.0] for piece in pieces]
-
-    def wrote(text):
-        pieces = re.findall(r"<[^>]+>|\s*[^\s<]+|\s+", text)
-        return [[p, rng.randrange(2000), True, -rng.expovariate(4)] for p in pieces]
-
-    tokens = given(
-        "<|im_start|> system\nAnswer. Tools: crop(image, box), search(query). <|im_end|>"
-    )
-    tokens += given("\n<|im_start|> user\n")
-    if image:
-        tokens.append(["<image 1>", 7, False, 0.0])
-    tokens += given(f" Which sign is in square b{index}? <|im_end|>\n<|im_start|> assistant\n")
-    for call in range(calls):
-        tokens += wrote('<reason> too small </reason><tool_call> {"name": "crop"} </tool_call>')
-        tokens += given("<|im_end|>\n<|im_start|> tool\n")
-        if image:
-            tokens.append([f"<image {call + 2}>", 7, False, 0.0])
-        if hostile:
-            tokens += [[text, 5, bool(i % 2), -0.1] for i, text in enumerate(HOSTILE)]
-        tokens += given(" ok<|im_end|>\n<|im_start|> assistant\n")
-    tokens += wrote("<reason> it reads 7 </reason><answer> 7 </answer><|im_end|>")
-    record = {
-        "stage": stage,
-        "step": 0,
-        "question": {
-            "id": f"glyphs/heldout/{kind}/{index}",
-            "kind": kind,
-            "text": HOSTILE[index] if hostile else f"Which sign is in square b{index}?",
-            "answer": "7",
-            "needs_tool": NEEDS.get(kind),
-        },
-        "status": "ok",
-        "calls": calls,
-        "answer": "7",
-        "correct": index != 1,
-        "formatted": True,
-        "acc_advantage": None,
-        "tool_advantage": None,
-        "seed": index,
-        "tokens": tokens,
-    }
-    if image and stage != "rl":
-        record["images"] = [png(index, (64, 64)), *(png(9 + c, (24, 24)) for c in range(calls))]
-    return record
-
-
-def log_training(log: RunLog, sft: int, rl: int, kinds=NEEDS) -> None:
-    rng = random.Random(3)
-    for step in range(1, sft + 1):
-        loss = 4.2 * math.exp(-step / 30) + 0.18 + rng.uniform(0, 0.06)
-        log.metrics("sft", step, loss=loss, lr=1e-3, tokens_per_second=9000)
-    for step in range(1, rl + 1):
-        done = 1 / (1 + math.exp(-(step - 0.35 * rl) / (0.06 * rl)))
-        by_kind = {}
-        for kind, needs in kinds.items():
-            rate = 0.99 - (0.05 if needs else 0.96) * done
-            by_kind[f"tool_rate/{kind}"] = min(1, max(0, rng.gauss(rate, 0.05)))
-            by_kind[f"accuracy/{kind}"] = min(1, max(0, rng.gauss(0.9 + 0.06 * done, 0.05)))
-        log.metrics(
-            "rl",
-            step,
-            loss=rng.gauss(0, 0.01),
-            accuracy=rng.gauss(0.9 + 0.06 * done - 0.08 * done * (1 - done), 0.015),
-            tool_rate=rng.gauss(0.99 - 0.37 * done, 0.012),
-            calls=1.0,
-            reward=0.9,
-            tokens_per_second=rng.gauss(7000, 300),
-            clip_fraction_acc=abs(rng.gauss(0.01, 0.005)),
-            clip_fraction_tool=abs(rng.gauss(0.02, 0.01)),
-            approx_kl=abs(rng.gauss(1e-3, 5e-4)),
-            grad_norm=math.nan if step == 4 else abs(rng.gauss(0.5, 0.1)),
-            entropy=0.3 - 0.2 * done,
-            effective_tool_weight=rng.gauss(0.3, 0.04),
-            no_signal_share=min(1, 0.2 + 0.6 * done),
-            truncated=int(rng.random() < 0.05),
-            unscored=0,
-            lr=3e-4,
-            **by_kind,
-        )
-
-
-def make_run(folder: Path, *, rl: int = 60, final: bool = True, hostile: bool = False) -> Path:
-    folder.mkdir(parents=True)
-    kinds = dict(NEEDS)
-    if hostile:
-        kinds = {kind + HOSTILE[i]: needs for i, (kind, needs) in enumerate(NEEDS.items())}
-    with RunLog(folder) as log:
-        log.config({"seed": 0, "rl": {"w_tool": 0.15, "steps": rl}, "note": HOSTILE[0]})
-        log_training(log, 40, rl, kinds)
-        for stage in ("sft_eval", "rl", "final_eval")[: 3 if final else 2]:
-            for kind, needs in NEEDS.items():
-                for index in range(3):
-                    calls = 1 if stage == "sft_eval" or needs else 0
-                    log.rollouts([rollout(stage, kind, index, calls, hostile)])
-        summary = {
-            "seconds": 312.4,
-            "seed": 0,
-            "sft": evaluation(False, kinds=kinds),
-            "needed_rate": 0.625,
-            "steps": rl,
-            "torch": "2.11.0",
-            "metis_kernels": "0.1.0",
-            "status": "complete" if final else "interrupted",
-            "stages": {"sft_seconds": 61.2, "rl_seconds": 231.0, "evaluate_seconds": 20.2},
-        }
-        if final:
-            summary["final"] = evaluation(True, kinds=kinds)
-        log.summary(summary)
-    return folder
-
-
-def make_comparison(folder: Path, name: str = "HDPO w_tool=0.15") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    arms = []
-    for a, arm in enumerate((name, "HDPO w_tool=0.05", "coupled reward", "no tool channel")):
-        for seed in range(3):
-            final = evaluation(True, seed=seed + 10 * a)
-            final["tool_rate"] = min(1.0, (0.6, 0.68, 0.2, 0.99)[a] + 0.012 * seed)
-            final["accuracy"] = (0.96, 0.95, 0.78, 0.94)[a] - 0.01 * seed
-            sft = evaluation(False, seed=seed)
-            arms.append({"name": arm, "seed": seed, "sft": sft, "final": final})
-    text = json.dumps({"seeds": [0, 1, 2], "arms": arms})
-    (folder / "compare.json").write_text(text)
-    return folder
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading HTML back
-
-
-class Page(HTMLParser):
-    """Checks that every element closes where it should, and keeps what there is to attack."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.stack: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.stack, f"left open: {self.stack}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        names = [name for name, _ in attrs]
-        assert len(names) == len(set(names)), f"<{tag}> repeats an attribute: {names}"
-        self.attributes += [(tag, *pair) for pair in attrs]
-        if tag not in self.VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.stack.pop()
-
-    def handle_endtag(self, tag):
-        assert self.stack and self.stack[-1] == tag, f"</{tag}> closes {self.stack[-3:]}"
-        self.stack.pop()
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join("".join(self.text).split())
-
-
-def check_page(path: Path) -> Page:
-    page = Page(path.read_text("utf-8"))
-    assert not {"script", "iframe", "object", "embed", "link", "form", "base"} & set(page.tags)
-    for tag, name, value in page.attributes:
-        assert not name.startswith("on"), (tag, name, value)
-        if name in ("src", "href", "srcset", "action", "poster", "xlink:href"):
-            assert value.startswith("data:image/png;base64,"), (tag, name, value)
-    css = "".join(re.findall(r"<style>(.*?)</style>", path.read_text("utf-8"), re.S))
-    assert "url(" not in css and "@import" not in css and "http" not in css
-    assert ("meta", "http-equiv", "Content-Security-Policy") in page.attributes
-    return page
-
-
-def check_svg(path: Path) -> ElementTree.Element:
-    root = ElementTree.parse(path).getroot()
-    text = path.read_text("utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert "http" not in text and "url(" not in text and "nan" not in re.sub(r">[^<]*<", "><", text)
-    assert {e.tag.split("}")[1] for e in root.iter()} <= {
-        "svg", "style", "rect", "text", "line", "path", "g", "circle", "title",
-    }  # fmt: skip
-    return root
-
-
-# ---------------------------------------------------------------------------------------------
+from trainer import report, svg
+from trainer.log import RunError, RunLog
+from trainer.pictures import write_comparison, write_picture
+from trainer.report import write_report
+from trainer.svg import read_run
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +47,8 @@ def test_whole_run(whole):
     for words in ("5 min 12 s", "Arbitration", "Health", "Resolved config", "w_tool: 0.15", *NEEDS):
         assert words in page.words, words
     assert "Not finite: grad_norm at rl 4" in page.words
+    assert "emblem50needed8.0" in "".join(page.words.split())  # n, tool, by itself
+    assert "all40062.5%41.8" in "".join(page.words.split())
     images = [v for t, n, v in page.attributes if (t, n) == ("img", "src")]
     # Four kinds with images, two samples each: the question's once, a crop per call. glyph_large
     # is called on before alone, the other three before and after.
@@ -345,10 +79,9 @@ def test_tokens_carry_mask_id_and_logprob(whole):
 def test_equal_input_gives_equal_bytes(whole):
     make_comparison(whole)
     try:
-        first = [write_report(whole), write_picture(whole), write_comparison(whole)]
-        bytes_ = [path.read_bytes() for path in first]
-        again = [write_report(whole), write_picture(whole), write_comparison(whole)]
-        assert [path.read_bytes() for path in again] == bytes_
+        write = (write_report, write_picture, write_comparison)
+        first = [make(whole).read_bytes() for make in write]
+        assert [make(whole).read_bytes() for make in write] == first
     finally:
         for name in ("compare.json", "pareto.svg", "demo.svg"):
             (whole / name).unlink(missing_ok=True)
@@ -385,6 +118,24 @@ def test_interrupted_before_rl(tmp_path):
     assert "There is no evaluation after RL" in page.words
     assert "No RL step is in metrics.jsonl" in page.words
     check_svg(write_picture(tmp_path / "cut"))
+
+
+def test_interrupted_before_the_cold_start(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.summary({"status": "interrupted", "base": base_evaluation()})
+    page = check_page(write_report(tmp_path))
+    assert "by itself, %" in page.words and "98.0" in page.words
+    assert "called, of the questions" not in page.words
+
+
+def test_evaluation_alone(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.rollouts([rollout("final_eval", "emblem", i, 1) for i in range(3)])
+        log.summary({"status": "complete", "final": evaluation(True)})
+    page = check_page(write_report(tmp_path))
+    assert page.words.count("held out · ") == 2
+    assert "→" not in page.words and "by itself" not in page.words
+    assert "before and after RL" not in page.words
 
 
 def test_interrupted_during_rl(tmp_path):
@@ -447,58 +198,23 @@ def test_long_runs_and_long_rollouts_stay_small(tmp_path):
     assert path.stat().st_size < 1_000_000
 
 
-def test_comparison(tmp_path):
-    folder = make_comparison(tmp_path / "compare")
-    path = write_comparison(folder)
-    root = check_svg(path)
-    assert (root.get("width"), root.get("height")) == ("720", "420")
-    titles = [e.text for e in root.iter("{http://www.w3.org/2000/svg}title")]
-    assert sum(t.startswith("HDPO w_tool=0.15, seed") for t in titles) == 3
-    assert sum(t.startswith("SFT start") for t in titles) == 3
-    page = check_page(folder / "report.html")
-    assert "95.094.0 to 96.0" in page.words  # accuracy of the first arm: mean, min, max
-    assert "accuracy, glyph_medium" in page.words
-    assert "Health" not in page.words  # a comparison by itself has no run to show
-
-
-def test_arms_tell_apart_without_colour():
-    assert len(set(report.SHAPES)) == 7
-
-
-def test_picture(whole):
-    path = write_picture(whole)
-    texts = [e.text for e in check_svg(path).iter("{http://www.w3.org/2000/svg}text")]
-    assert {*NEEDS, "accuracy", "tool rate", "tool needed", "no tool needed"} <= set(texts)
-    path.unlink()
-
-
 def test_full_disk_names_the_file(whole, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write_whole", full)
+    monkeypatch.setattr(svg, "write_whole", full)
     with pytest.raises(RunError, match=r"report\.html.*No space left.*untouched"):
         write_report(whole)
 
 
-def test_small_helpers():
-    assert report.ticks(0) == [0]
-    assert report.ticks(1) == [0, 1]
-    assert report.ticks(300) == [0, 50, 100, 150, 200, 250, 300]
-    assert all(len(report.ticks(n)) <= 7 for n in range(1, 2000))
-    assert report.spread([11, 10, 50], 20) == pytest.approx([20.5, 0.5, 50])
-    assert report.spread([10, 11, 30], 20) == pytest.approx([-3, 17, 37])
-    assert report.spread([], 20) == []
-    assert [report.duration(s) for s in (3.14, 59, 60, 3725)] == [
-        "3.1\u202fs", "59\u202fs", "1\u202fmin 00\u202fs", "1\u202fh 02\u202fmin",
-    ]  # fmt: skip
-    flat = report.smooth([(float(i), 1.0) for i in range(100)])
-    assert all(y == pytest.approx(1) for _, y in flat) and len(flat) == 100
-    rows = [{"step": i, "v": None if i % 2 else i} for i in range(2000)]
-    points = report.series(rows, "v")
-    assert len(points) == 400 and points[0][0] < points[-1][0]
-
-
 def test_read_run_keeps_pairs(whole):
     run = read_run(whole)
-    assert len(run.before) == 2 * len(NEEDS) and len(run.after) == len(run.before)
+    assert len(run.heldout) == 2 * len(NEEDS)
+    assert all(set(stages) == {"sft_eval", "final_eval"} for stages in run.heldout)
+
+
+def test_compared_arms(tmp_path):
+    folder = make_comparison(tmp_path / "compare")
+    page = check_page(write_report(folder))
+    assert "95.094.0 to 96.0" in page.words  # accuracy of the first arm: mean, min, max
+    assert "accuracy, glyph_medium" in page.words
