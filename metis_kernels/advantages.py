@@ -181,7 +181,7 @@ def _normalise(
     deviation = torch.where(inside, value - mean, 0)
     high = _extreme(value.masked_fill(~inside, -math.inf), rank, "amax")
     low = _extreme(value.masked_fill(~inside, math.inf), rank, "amin")
-    compared = inside & (count >= 2) & (high != low)
+    compared = inside & (high != low)
     if scale == "std":
         variance = index_sum(n, rank, deviation.square())[rank] / (count - 1).clamp_min(1)
         deviation = deviation / (variance.sqrt() + eps)

@@ -1,0 +1,45 @@
+"""Tasks: where questions, tools and demonstrations come from. One folder a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from trainer.rollout import Script
+from trainer.tools import Toolbox
+from trainer.types import Question
+
+
+class Task(Protocol):
+    name: str
+    base: Path
+    """Folder of the model that the cold start begins with."""
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of question, in the order in which they are reported."""
+
+    def train(self, seed: int, start: int, count: int) -> list[Question]:
+        """Training questions number start .. start + count - 1 of an endless stream."""
+
+    def heldout(self, count: int) -> list[Question]:
+        """The same held-out questions for every seed and every run, in the proportions of the mix;
+        `count` up to rounding."""
+
+    def toolbox(self) -> Toolbox:
+        """The tools of the task. The caller closes it."""
+
+    def demonstrations(
+        self, seed: int, count: int, direct_share: float
+    ) -> tuple[list[Question], list[Script]]:
+        """Questions and the scripts that play them for the cold start."""
+
+
+def load_task(name: str) -> Task:
+    """Raises ValueError for a task that does not exist."""
+    if name == "glyphs":
+        from trainer.tasks.glyphs import Glyphs
+
+        return Glyphs()
+    raise ValueError(f"there is no task {name!r}; the tasks are: glyphs")

@@ -1,0 +1,163 @@
+"""The task: known answers, known need, disjoint splits, and a tokenizer that keeps prompts short."""
+
+import numpy as np
+import pytest
+
+from trainer.chat import find_call
+from trainer.tasks import load_task
+from trainer.tasks.glyphs import scene, tools
+from trainer.tasks.glyphs.demonstrations import Script, call_for
+from trainer.tasks.glyphs.questions import KINDS, draft
+from trainer.tasks.glyphs.world import split_of, world
+from trainer.tools import FunctionTool
+from trainer.types import Observation, Session
+
+
+def test_the_mix_is_a_distribution_with_both_needs():
+    assert sum(kind.share for kind in KINDS.values()) == pytest.approx(1)
+    needed = sum(kind.share for kind in KINDS.values() if kind.needs_tool)
+    assert needed == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_is_a_function_of_split_and_index(kind):
+    first, again = draft("train", 7, kind), draft("train", 7, kind)
+    assert first.question.text == again.question.text
+    assert first.question.images[0].tobytes() == again.question.images[0].tobytes()
+    other = draft("heldout", 7, kind)
+    assert first.question.images[0].tobytes() != other.question.images[0].tobytes()
+    assert first.question.kind == kind
+    assert first.question.needs_tool is KINDS[kind].needs_tool
+    assert first.question.id != other.question.id
+
+
+@pytest.mark.parametrize("kind", ["product_hard", "fact_search", "emblem"])
+def test_train_and_heldout_never_ask_about_the_same_thing(kind):
+    def key(fact):
+        return fact[0] * 100 + fact[1] if isinstance(fact, tuple) else fact
+
+    for split in ("train", "heldout"):
+        assert {split_of(key(draft(split, n, kind).fact)) for n in range(60)} == {split}
+
+
+def test_what_is_searched_for_is_not_what_is_known():
+    known = {draft("heldout", n, "fact_known").fact for n in range(200)}
+    searched = {draft("heldout", n, "fact_search").fact for n in range(200)}
+    assert known <= set(world().known) and not searched & set(world().known)
+
+
+def test_a_crop_shows_what_the_overview_hides():
+    """The tool need of small digits is in the pixels. Among ten noisy templates, a digit is found
+    by its nearest one nearly always in the crop, and hardly better than by chance in the overview."""
+    rng = np.random.default_rng(0)
+    right = {"overview": 0, "crop": 0}
+    trials = 60
+    for _ in range(trials):
+        board = scene.draw_board(rng, {"small": 1.0})
+        row, column = (int(n) for n in rng.integers(0, 4, 2))
+        digit = board.digit[row, column]
+        crop = np.asarray(board.image.crop(scene.box(row, column)).convert("L"), float)
+        small = board.image.resize((32, 32)).convert("L")
+        seen = np.asarray(small.crop((column * 8, row * 8, column * 8 + 8, row * 8 + 8)), float)
+        for name, pixels, scale in (("crop", crop, 1), ("overview", seen, 4)):
+            right[name] += _nearest(pixels, scale) == digit
+    assert right["crop"] / trials > 0.95
+    assert right["overview"] / trials < 0.5
+
+
+def _nearest(pixels: np.ndarray, shrunk: int) -> int:
+    """The digit whose drawing, at some position, is nearest to the pixels."""
+    best, found = np.inf, -1
+    side = scene.SQUARE
+    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+    for digit in range(10):
+        for top in range(0, side - 7):
+            for left in range(0, side - 5):
+                ink = np.zeros((side, side))
+                ink[top : top + 7, left : left + 5] = scene.FONT[digit]
+                ink = ink.reshape(side // shrunk, shrunk, side // shrunk, shrunk).mean((1, 3))
+                distance = ((ink / ink.max() - pixels) ** 2).sum()
+                if distance < best:
+                    best, found = distance, digit
+    return found
+
+
+@pytest.fixture(scope="module")
+def toolbox():
+    return tools.toolbox(failures=0.0, distractions=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tool_tells_the_answer(toolbox, kind, run):
+    """Played with reliable tools, every demonstration's observation holds the answer."""
+    for index in range(5):
+        one = draft("heldout", index, kind)
+        script = Script(one, np.random.default_rng(index))
+        text = "".join(piece for piece, _ in script.next_turn(None))
+        session = Session(list(one.question.images), seed=index)
+        call, observation = run(toolbox.execute(find_call(text), session))
+        assert observation.status == "ok", observation
+        assert call.name == call_for(one)[0]
+        if kind.startswith("glyph"):
+            assert observation.images[0].size == (32, 32)
+        else:
+            assert one.question.answer in observation.text
+        last = "".join(piece for piece, _ in script.next_turn(observation))
+        assert last.endswith(f"<answer>{one.question.answer}</answer>")
+
+
+def test_a_script_calls_again_when_the_tool_was_busy_or_wrong():
+    one = draft("train", 3, "fact_search")
+    script = Script(one, np.random.default_rng(0))
+    script.next_turn(None)
+    busy = Observation("Error: the tool is busy, try again.", status="tool_error")
+    assert find_call("".join(t for t, _ in script.next_turn(busy)))
+    other = Observation('1. "Beacon 0 shines Red."')
+    assert find_call("".join(t for t, _ in script.next_turn(other)))
+    assert script.calls == 3
+    last = "".join(t for t, _ in script.next_turn(other))
+    assert find_call(last) is None
+
+
+def test_a_guess_is_never_trained_on():
+    one = draft("train", 3, "glyph_medium")
+    guesses = set()
+    for seed in range(40):
+        script = Script(one, np.random.default_rng(seed))
+        pieces = script.next_turn(None)
+        (untrained,) = [text for text, trained in pieces if not trained]
+        guesses.add(untrained)
+    assert one.question.answer in guesses and len(guesses) > 3
+
+
+def test_unreliable_tools_fail_and_mislead_at_the_stated_rates(run):
+    def echo(query: str) -> str:
+        """Say it again.
+
+        Args:
+            query: what to say
+        """
+        return query
+
+    tool = tools.Unreliable(FunctionTool(echo), failures=0.25)
+    seen = [
+        run(tool.call(Session([], seed=seed, calls=1), query="x")).status for seed in range(400)
+    ]
+    assert 0.18 < seen.count("tool_error") / len(seen) < 0.32
+    again = [
+        run(tool.call(Session([], seed=seed, calls=1), query="x")).status for seed in range(400)
+    ]
+    assert seen == again
+
+
+def test_demonstrations_nearly_always_call():
+    task = load_task("glyphs")
+    questions, scripts = task.demonstrations(seed=0, count=600, direct_share=0.05)
+    direct = [q.kind for q, s in zip(questions, scripts, strict=True) if s.direct]
+    assert 0.01 < len(direct) / len(questions) < 0.06
+    assert not {"glyph_small", "product_hard", "fact_search", "emblem"} & set(direct)
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="there is no task 'chess'"):
+        load_task("chess")

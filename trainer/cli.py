@@ -1,0 +1,353 @@
+"""The console command `metis`, and the only place that puts the stages together.
+
+Exit codes: 0 done, 1 the run failed, 2 something that was asked for is wrong (no work was done),
+130 interrupted (what was finished is kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, ConfigError, load
+from trainer.log import RunError, RunLog, open_run
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_intermixed_args(arguments)
+    # No hub is ever asked behind the user's back; a hub name as model.path is the user's wish.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return args.run(args)
+    except (ConfigError, RunError, FileNotFoundError) as error:
+        print(f"metis {args.command}: {error}", file=sys.stderr)
+        return WRONG
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metis",
+        description="Teach a vision-language agent when to call a tool.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str, *, trains: bool = True):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if trains:
+            sub.add_argument("--config", metavar="FILE", help="YAML settings (default: built in)")
+            sub.add_argument("--seed", type=int, help="shorthand for seed=N")
+            sub.add_argument("--runs", default="runs", metavar="FOLDER", help="default: runs")
+            sub.add_argument("--name", default=name, help=f"run folder (default: {name})")
+            sub.add_argument(
+                "--overwrite", action="store_true", help="replace the run of that name"
+            )
+            sub.add_argument(
+                "settings", nargs="*", metavar="section.key=value", help="e.g. rl.lr=5e-5"
+            )
+        return sub
+
+    demo = command("demo", _demo, "SFT cold start, HDPO and evaluation of the tiny agent")
+    demo.add_argument(
+        "--compare",
+        action="store_true",
+        help="also GRPO and the coupled reward at two strengths, three seeds each (half an hour)",
+    )
+    command("sft", _sft, "SFT cold start alone; the model is left in RUN/sft")
+    command("rl", _rl, "HDPO alone, from model.path; the model is left in RUN/final")
+    evaluate = command("eval", _evaluate, "evaluate model.path on held-out questions")
+    evaluate.add_argument("--no-tools", action="store_true", help="ask for direct answers")
+    report = command("report", _report, "write RUN/report.html again", trains=False)
+    report.add_argument("folder", type=Path, metavar="RUN")
+    command("status", _status, "which implementations of the operators run here", trains=False)
+    return parser
+
+
+# ---- what every run needs ------------------------------------------------------------------------
+
+
+class Program:
+    """A run folder, its log, the task, the model and the player of trajectories."""
+
+    def __init__(self, config: Config, folder: Path, log: RunLog, stopping: Callable[[], bool]):
+        # Imported here, so that a wrong flag is answered at once and not after torch has loaded.
+        import torch
+
+        from trainer.engines.hf import HFEngine
+        from trainer.model import VisionLanguageModel, keep_freed_memory
+        from trainer.rollout import Limits, Player
+        from trainer.tasks import load_task
+
+        keep_freed_memory()
+        torch.manual_seed(config.seed)
+        self.config, self.folder, self.log, self.stopping = config, folder, log, stopping
+        self.task = load_task(config.task)
+        path = self.task.base if config.model.path == self.task.name else config.model.path
+        device = config.model.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.vlm = VisionLanguageModel.load(path, config.model.dtype, device)
+        rollout = config.rollout
+        limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
+        self.player = Player(self.vlm, self.task.toolbox(), limits)
+        self.direct_player = Player(self.vlm, None, limits)
+        self.engine = HFEngine(
+            self.vlm, temperature=rollout.temperature, max_batch=rollout.max_batch
+        )
+        self.greedy = HFEngine(
+            self.vlm, temperature=config.evaluate.temperature, max_batch=rollout.max_batch
+        )
+
+    def close(self) -> None:
+        self.player.close()
+        self.direct_player.close()
+
+    def sft(self) -> None:
+        from trainer.sft import demonstrate, sft
+
+        config = self.config.sft
+        rollouts = demonstrate(self.task, self.player, config, self.config.seed, self.log)
+        sft(self.vlm, rollouts, config, self.config.seed, self.log, self.stopping)
+        self.vlm.save(self.folder / "sft")
+
+    def rl(self, config: Config | None = None, log: RunLog | None = None) -> None:
+        from trainer.records import records
+        from trainer.rl import rl
+
+        config, log = config or self.config, log or self.log
+
+        def record(stage: str, step: int, rollouts, advantages) -> None:
+            log.rollouts(records(self.vlm, stage, step, rollouts, advantages))
+
+        rl(
+            self.vlm,
+            self.task,
+            self.player,
+            self.engine,
+            config.rl,
+            config.seed,
+            log,
+            self.stopping,
+            record,
+        )
+
+    def evaluate(self, stage: str, *, tools: bool = True, log: RunLog | None = None):
+        """Measures on the held-out questions; a few rollouts of each kind go to rollouts.jsonl with
+        their images."""
+        from trainer.evaluate import evaluate
+        from trainer.records import records
+
+        log = log or self.log
+        questions = self.task.heldout(self.config.evaluate.questions)
+        player = self.player if tools else self.direct_player
+        measures, rollouts = evaluate(player, self.greedy, questions, log, stage, self.stopping)
+        shown: dict[str, list] = {}
+        for rollout in rollouts:
+            shown.setdefault(rollout.question.kind, []).append(rollout)
+        samples = [rollout for some in shown.values() for rollout in some[:3]]
+        log.rollouts(records(self.vlm, stage, 0, samples, images=True))
+        return measures
+
+
+@contextmanager
+def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]]]:
+    """Opens the run before any work; on the way out, whatever happened, the summary says how it
+    ended and the report is written."""
+    settings = list(args.settings)
+    if args.seed is not None:
+        settings.append(f"seed={args.seed}")
+    config = load(args.config, settings)
+    folder = open_run(args.runs, args.name, args.overwrite)
+    with RunLog(folder) as log, _stopping(log) as stopping:
+        log.config(config.to_dict())
+        summary: dict[str, Any] = {"status": "failed", "seed": config.seed, "stages": {}}
+        program = None
+        try:
+            program = Program(config, folder, log, stopping)
+            summary |= _versions(config)
+            yield program, summary
+            summary["status"] = "complete"
+        except KeyboardInterrupt:
+            summary["status"] = "interrupted"
+        finally:
+            if program is not None:
+                program.close()
+            summary["seconds"] = round(log.seconds, 1)
+            log.summary(summary)
+            _write_report(folder, log)
+            log.say(f"{summary['status']} after {log.seconds:.0f} s: {folder}/")
+
+
+def _versions(config: Config) -> dict[str, Any]:
+    import torch
+
+    import metis_kernels
+
+    return {
+        "steps": config.rl.steps,
+        "torch": torch.__version__,
+        "metis_kernels": metis_kernels.__version__,
+    }
+
+
+@contextmanager
+def _stopping(log: RunLog) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM once: the run ends within a step. Twice: at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        log.say("stopping after this step; once more stops at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _timed(summary: dict[str, Any], log: RunLog, name: str) -> Iterator[None]:
+    start = log.seconds
+    try:
+        yield
+    finally:
+        spent = summary["stages"].get(name, 0.0) + log.seconds - start
+        summary["stages"][name] = round(spent, 1)
+
+
+def _write_report(folder: Path, log: RunLog) -> None:
+    from trainer.report import write_report
+
+    log.say(f"report: {write_report(folder)}")
+
+
+def _ended(summary: dict[str, Any]) -> int:
+    return DONE if summary["status"] == "complete" else INTERRUPTED
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> int:
+    with _program(args) as (program, summary):
+        log = program.log
+        with _timed(summary, log, "evaluate_seconds"):
+            summary["base"] = program.evaluate("base_eval", tools=False)
+        with _timed(summary, log, "sft_seconds"):
+            program.sft()
+        with _timed(summary, log, "evaluate_seconds"):
+            summary["sft"] = program.evaluate("sft_eval")
+        summary["needed_rate"] = summary["sft"]["needed_rate"]
+        log.summary(summary)
+        with _timed(summary, log, "rl_seconds"):
+            program.rl()
+        program.vlm.save(program.folder / "final")
+        with _timed(summary, log, "evaluate_seconds"):
+            summary["final"] = program.evaluate("final_eval")
+        log.table("held-out questions", summary["sft"], summary["final"], base=summary["base"])
+        if args.compare:
+            log.summary(summary | {"status": "complete"})
+            _compare(program, summary["sft"])
+    return _ended(summary)
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "HDPO w_tool=0.15": {},
+    "GRPO w_tool=0": {"loss": {"w_tool": 0.0}},
+    "coupled alpha=0.1": {"reward": "coupled", "coupled_alpha": 0.1},
+    "coupled alpha=1": {"reward": "coupled", "coupled_alpha": 1.0},
+}
+COMPARED_SEEDS = (0, 1, 2)
+
+
+def _compare(program: Program, before: dict[str, Any]) -> None:
+    """Every arm and seed from the one SFT checkpoint -> compare.json and its picture."""
+    from trainer.log import write_whole
+    from trainer.model import VisionLanguageModel
+    from trainer.pictures import write_comparison
+
+    start = VisionLanguageModel.load(program.folder / "sft", program.config.model.dtype)
+    weights = start.model.state_dict()
+    results: list[dict[str, Any]] = []
+    for name, changes in ARMS.items():
+        for seed in COMPARED_SEEDS:
+            tree = program.config.to_dict() | {"seed": seed}
+            tree["rl"] = tree["rl"] | changes
+            tree["rl"]["loss"] = program.config.to_dict()["rl"]["loss"] | changes.get("loss", {})
+            config = Config.model_validate(tree)
+            folder = program.folder / "compare" / f"{name.replace(' ', '-')}-seed{seed}"
+            folder.mkdir(parents=True)
+            program.vlm.model.load_state_dict(weights)
+            program.log.say(f"{name}, seed {seed}")
+            with RunLog(folder, console=program.log.console) as log:
+                log.config(config.to_dict())
+                program.rl(config, log)
+                final = program.evaluate("final_eval", log=log)
+                log.summary({"seed": seed, "sft": before, "final": final, "status": "complete"})
+            results.append({"name": name, "seed": seed, "sft": before, "final": final})
+            table = {"seeds": list(COMPARED_SEEDS), "arms": results}
+            write_whole(program.folder / "compare.json", json.dumps(table))
+    write_comparison(program.folder)
+
+
+def _sft(args: argparse.Namespace) -> int:
+    with _program(args) as (program, summary):
+        with _timed(summary, program.log, "sft_seconds"):
+            program.sft()
+        summary["sft"] = program.evaluate("sft_eval")
+        program.log.table("held-out questions", summary["sft"])
+    return _ended(summary)
+
+
+def _rl(args: argparse.Namespace) -> int:
+    with _program(args) as (program, summary):
+        summary["sft"] = program.evaluate("sft_eval")
+        summary["needed_rate"] = summary["sft"]["needed_rate"]
+        with _timed(summary, program.log, "rl_seconds"):
+            program.rl()
+        program.vlm.save(program.folder / "final")
+        summary["final"] = program.evaluate("final_eval")
+        program.log.table("held-out questions", summary["sft"], summary["final"])
+    return _ended(summary)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    with _program(args) as (program, summary):
+        summary["final"] = program.evaluate("final_eval", tools=not args.no_tools)
+        program.log.table("held-out questions", summary["final"])
+    return _ended(summary)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from trainer.pictures import write_comparison, write_picture
+    from trainer.report import write_report
+
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"no run folder at {args.folder}")
+    if (args.folder / "compare.json").exists():
+        print(write_comparison(args.folder))
+    print(write_picture(args.folder))
+    print(write_report(args.folder))
+    return DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    import metis_kernels
+
+    print(metis_kernels.status())
+    return DONE

@@ -1,0 +1,203 @@
+"""The settings of a run: pydantic models, one YAML file, `section.key=value` on the command line.
+
+Unknown keys are errors that name the nearest valid one; the resolved settings are written to the
+run folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from metis_kernels import HDPOConfig
+
+
+class ConfigError(Exception):
+    """A setting is wrong: the message names it, its limit and the mend."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "glyphs"
+    """A local folder, a hub name, or "glyphs": the base model of the demo's task."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """"auto": cuda where there is a GPU, else cpu."""
+
+
+class RolloutConfig(Section):
+    max_turns: int = Field(4, ge=1)
+    """Turns of the policy in a trajectory; one that needs more is truncated."""
+    max_new_tokens: int = Field(48, ge=1)
+    """Tokens of one turn."""
+    max_tokens: int = Field(1024, ge=16)
+    """Tokens of a trajectory, prompt and observations included."""
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling in training. The loss divides the logits by the same."""
+    max_batch: int = Field(256, ge=1)
+    """Sequences generated at once."""
+
+
+class SFTConfig(Section):
+    demonstrations: int = Field(2400, ge=1)
+    """Trajectories of the cold start, played once against the real tools."""
+    direct_share: float = Field(0.03, ge=0, le=1)
+    """Share of demonstrations, of the kinds that can be answered without a tool, that do so. With
+    none at all there is nothing for RL to discover."""
+    steps: int = Field(120, ge=0)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup: int = Field(10, ge=0)
+    """Steps of linear warm-up; the rate then falls linearly to a tenth."""
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_batch_tokens: int = Field(16_384, ge=1)
+    """Padded tokens of a micro-batch. The gradient does not depend on it."""
+
+
+class _Loss(Section):
+    logits_dtype: Literal["float32", "bfloat16"] | None = None
+
+    def hdpo(self, temperature: float) -> HDPOConfig:
+        """As the library wants it; the loss is at the temperature of sampling."""
+        given = self.model_dump()
+        dtype = given.pop("logits_dtype")
+        dtype = None if dtype is None else getattr(torch, dtype)
+        return HDPOConfig(**given, temperature=temperature, logits_dtype=dtype)
+
+    @model_validator(mode="after")
+    def _check(self):
+        self.hdpo(1.0)
+        return self
+
+
+# Field by field what HDPOConfig is, so that names and defaults have one home. The temperature is
+# rollout.temperature, and a dtype is spelled as a word.
+LossConfig = create_model(
+    "LossConfig",
+    __base__=_Loss,
+    **{
+        field.name: (get_type_hints(HDPOConfig)[field.name], field.default)
+        for field in fields(HDPOConfig)
+        if field.name not in ("temperature", "logits_dtype")
+    },
+)
+
+
+class RLConfig(Section):
+    steps: int = Field(80, ge=0)
+    prompts: int = Field(8, ge=1)
+    """Questions of a step."""
+    group_size: int = Field(16, ge=1)
+    """G: rollouts of a question."""
+    updates: int = Field(1, ge=1)
+    """Optimizer steps on the rollouts of a step; past the first the policy is off-policy and the
+    clips are at work. Each takes its own share of the groups."""
+    lr: float = Field(1e-4, gt=0)
+    warmup: int = Field(3, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_batch_tokens: int = Field(16_384, ge=1)
+    """Padded tokens of a micro-batch. The gradient does not depend on it."""
+    reward: Literal["decoupled", "coupled"] = "decoupled"
+    """decoupled: HDPO's two channels. coupled: one channel, r_acc + coupled_alpha / (T + 1)."""
+    coupled_alpha: float = Field(0.5, ge=0)
+    loss: LossConfig = LossConfig()
+    """The loss of metis_kernels; w_tool = 0 is plain GRPO."""
+
+
+class EvaluateConfig(Section):
+    questions: int = Field(600, ge=1)
+    """Held-out questions, in the proportions of the task's mix."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+
+
+class Config(Section):
+    task: Literal["glyphs"] = "glyphs"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sft: SFTConfig = SFTConfig()
+    rl: RLConfig = RLConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Settings from a YAML file (None: the defaults) and `section.key=value` overrides.
+
+    Raises ConfigError for a file that is missing or no YAML mapping, an unknown key, or a value
+    outside its type or limits.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"no configuration file at {path}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected section.key=value, got {override!r}")
+        _put(tree, key.split("."), yaml.safe_load(value))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for depth, part in enumerate(path[:-1]):
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{'.'.join(path[: depth + 1])} is a value, not a section")
+        tree = below
+    tree[path[-1]] = value
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every valid dotted key."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = _keys(Config)
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+            same_leaf = [k for k in valid if k.rpartition(".")[2] == key.rpartition(".")[2]]
+            lines.append(f"unknown setting {key!r}; did you mean {(same_leaf or near)[0]!r}?")
+        else:
+            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""SFT cold start: the base model learns the protocol from demonstrations that nearly always call.
+
+    metis sft --name cold
+
+Trains on the tokens that the demonstrator wrote (never on prompts or observations), with the mean
+over all of them in an optimizer batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+
+from metis_kernels import linear_cross_entropy
+from trainer.batch import by_length, collate
+from trainer.config import SFTConfig
+from trainer.log import RunLog
+from trainer.model import VisionLanguageModel, optimizer_step
+from trainer.rollout import Player
+from trainer.tasks import Task
+from trainer.types import Rollout
+
+_PLAYED_AT_ONCE = 256
+
+
+def demonstrate(
+    task: Task, player: Player, config: SFTConfig, seed: int, log: RunLog
+) -> list[Rollout]:
+    """Plays the demonstrations against the real tools; those that came out wrong are dropped, and
+    the number of them is logged."""
+    questions, scripts = task.demonstrations(seed, config.demonstrations, config.direct_share)
+    rollouts: list[Rollout] = []
+    with log.progress("demonstrations", len(questions)) as bar:
+        for start in range(0, len(questions), _PLAYED_AT_ONCE):
+            part = slice(start, start + _PLAYED_AT_ONCE)
+            rollouts += player.demonstrate(questions[part], scripts[part])
+            bar.advance(len(questions[part]))
+    # A guess that was wrong is kept: it is what the policy must learn to look behind.
+    kept = [r for r in rollouts if r.scored and r.formatted]
+    called = sum(r.calls > 0 for r in kept) / max(len(kept), 1)
+    log.say(
+        f"{len(kept)} demonstrations, {len(rollouts) - len(kept)} dropped, "
+        f"{called:.1%} of them with a tool call"
+    )
+    return kept
+
+
+def sft(
+    vlm: VisionLanguageModel,
+    rollouts: list[Rollout],
+    config: SFTConfig,
+    seed: int,
+    log: RunLog,
+    stopping: Callable[[], bool],
+) -> None:
+    """Fine-tunes in place. Order and batches are a function of the seed alone."""
+    order = random.Random(seed)
+    queue: list[Rollout] = []
+    optimizer = torch.optim.AdamW(
+        vlm.model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    vlm.model.train()
+    with log.progress("sft", config.steps) as bar:
+        for step in range(1, config.steps + 1):
+            if stopping():
+                raise KeyboardInterrupt
+            while len(queue) < config.batch_size:
+                queue += order.sample(rollouts, len(rollouts))
+            batch, queue = queue[: config.batch_size], queue[config.batch_size :]
+            warm = min(1.0, step / max(config.warmup, 1))
+            lr = config.lr * warm * (1 - 0.9 * step / config.steps)
+            tokens = sum(sum(rollout.policy) for rollout in batch)
+            total = torch.zeros(())
+            for part in by_length(batch, config.max_batch_tokens):
+                one = collate(vlm, [batch[i] for i in part])
+                loss = linear_cross_entropy(
+                    one.hidden(vlm.model), vlm.head, one.label, one.row, n=tokens
+                )
+                loss.backward()
+                total += loss.detach().cpu()
+            norm = optimizer_step(vlm.model, optimizer, lr, config.max_grad_norm)
+            log.metrics("sft", step, loss=total, grad_norm=norm, lr=lr, tokens=tokens)
+            bar.advance(loss=total)
