@@ -458,6 +458,7 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         b, _ = linear_hdpo_loss(h, w, targets, HDPOConfig())
     assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(grads(a, h, w), grads(b, h, w), strict=True))
 
 
 def test_targets_from_to_give_the_same(device):
