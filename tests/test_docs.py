@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / n for n in ("README.md", "AGENTS.md", "LOG.md") if (ROOT / n).exists()]
 FOLDERS = ("metis_kernels", "trainer", "tests", "bench", "csrc")
 SOURCES = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".sh"))
-PATH = re.compile(r"(?<![\w/.<-])((?:" + "|".join(FOLDERS) + r")/[\w./-]*\w)(?![\w<*{]|/[<*{])")
+PATH = re.compile(r"(?<![\w/.<-])((?:" + "|".join(FOLDERS) + r")/[\w./-]*\w)(?![\w<*{]|/[<*{$])")
 
 
 def cited(text: str) -> set[str]:
