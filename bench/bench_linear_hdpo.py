@@ -106,8 +106,10 @@ def main() -> None:
         check(args, active)
         times = harness.measure(variants(args, active), args.rounds)
         floor, dense = times["products"]["median_ms"], times["dense"]["median_ms"]
-        print(f"rows {args.rows}  hidden {args.hidden}  vocab {args.vocab}  {args.dtype}  "
-              f"active {active:.0%}  on {harness.device_name()}")
+        print(
+            f"rows {args.rows}  hidden {args.hidden}  vocab {args.vocab}  {args.dtype}  "
+            f"active {active:.0%}  on {harness.device_name()}"
+        )
         for name, t in times.items():
             peak = harness.peak_in_subprocess(
                 "bench.bench_linear_hdpo", name, [*shape, "--active", str(active)]

@@ -187,9 +187,14 @@ def test_normalizers():
     # What is counted per rank and summed is what is counted at once.
     halves = [
         hdpo_normalizers(
-            Advantages(*(getattr(adv, f)[i] for f in
-                         ("acc", "tool", "qualifies", "acc_signal", "tool_signal"))),
-            tokens[i], scored[i],
+            Advantages(
+                *(
+                    getattr(adv, f)[i]
+                    for f in ("acc", "tool", "qualifies", "acc_signal", "tool_signal")
+                )
+            ),
+            tokens[i],
+            scored[i],
         )
         for i in (slice(0, 2), slice(2, 5))
     ]

@@ -58,8 +58,10 @@ def test_loss_and_gradients_match_the_equation(name, count, device):
         torch.autograd.grad(truth, (logprob, entropy), upstream, allow_unused=True),
         strict=True,
     ):
-        assert_close(torch.zeros(count) if mine is None else mine,
-                     torch.zeros(count) if exact is None else exact)
+        assert_close(
+            torch.zeros(count) if mine is None else mine,
+            torch.zeros(count) if exact is None else exact,
+        )
     assert stats.n_nonfinite == 0
 
 
@@ -136,8 +138,9 @@ def test_first_ratio_is_exactly_one():
     for old in (logprob.detach(), None):
         _, stats = hdpo_loss(logprob, replace(targets, old_logprob=old), HDPOConfig())
         assert stats.ratio_max == 1 and stats.approx_kl == 0
-        loss, _ = hdpo_loss(logprob, replace(targets, old_logprob=old, is_weight=None),
-                            HDPOConfig(w_tool=0))
+        loss, _ = hdpo_loss(
+            logprob, replace(targets, old_logprob=old, is_weight=None), HDPOConfig(w_tool=0)
+        )
         (g,) = torch.autograd.grad(loss, logprob)
         assert torch.equal(g, -targets.acc_advantage * (1 / torch.tensor(float(targets.n_acc))))
 
@@ -176,9 +179,7 @@ def test_micro_batches_add_up(name):
     logprob, entropy, targets = inputs(96)
     whole, _ = hdpo_loss(logprob, targets, CONFIGS[name], entropy)
     parts = [torch.arange(0, 8), torch.arange(8, 60), torch.arange(60, 96)]
-    split = sum(
-        hdpo_loss(logprob[i], targets.take(i), CONFIGS[name], entropy[i])[0] for i in parts
-    )
+    split = sum(hdpo_loss(logprob[i], targets.take(i), CONFIGS[name], entropy[i])[0] for i in parts)
     assert_close(split, whole)
     assert_close(*(torch.autograd.grad(x, logprob)[0] for x in (split, whole)))
 
@@ -210,8 +211,7 @@ def test_batch_form_equals_flat_form_and_ignores_masked_tokens(name):
     logprob, entropy, targets = inputs(b * t)
     targets = replace(targets, row=None, label=None, sequence=None)
     square = {
-        n: getattr(targets, n).view(b, t)
-        for n in ("old_logprob", "ref_logprob", "is_weight")
+        n: getattr(targets, n).view(b, t) for n in ("old_logprob", "ref_logprob", "is_weight")
     }
     advantages = {n: torch.randn(b, 1) for n in ("acc_advantage", "tool_advantage")}
     grid = replace(targets, **square, **advantages)
@@ -259,8 +259,9 @@ def test_a_non_finite_token_stays_alone_and_is_counted(where, bad, ratio):
     assert_close(loss, without, what="loss")
     assert g[12] == 0
     assert_close(g, exact, what="gradient")
-    assert torch.equal(hdpo_coefficient(spoiled, targets, config)[0].isfinite(),
-                       torch.ones(97, dtype=torch.bool))
+    assert torch.equal(
+        hdpo_coefficient(spoiled, targets, config)[0].isfinite(), torch.ones(97, dtype=torch.bool)
+    )
 
 
 def test_a_huge_ratio_has_a_finite_gradient():
@@ -346,10 +347,22 @@ def test_targets_move_and_remember_which_tokens_carry_loss():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("w_acc", -1.0), ("w_tool", float("nan")), ("clip_low", 1.5), ("clip_high", -0.1),
-        ("dual_clip", 1.0), ("dual_clip", 0.0), ("tool_norm", "batch"), ("ratio", "group"),
-        ("kl_coef", float("inf")), ("entropy_coef", -1), ("temperature", 0.0), ("softcap", -3.0),
-        ("softcap", 0.0), ("logits_dtype", torch.bfloat16), ("w_acc", "1"), ("temperature", None),
+        ("w_acc", -1.0),
+        ("w_tool", float("nan")),
+        ("clip_low", 1.5),
+        ("clip_high", -0.1),
+        ("dual_clip", 1.0),
+        ("dual_clip", 0.0),
+        ("tool_norm", "batch"),
+        ("ratio", "group"),
+        ("kl_coef", float("inf")),
+        ("entropy_coef", -1),
+        ("temperature", 0.0),
+        ("softcap", -3.0),
+        ("softcap", 0.0),
+        ("logits_dtype", torch.bfloat16),
+        ("w_acc", "1"),
+        ("temperature", None),
     ],
 )
 def test_config_refuses(field, value):

@@ -16,8 +16,12 @@ def registry(monkeypatch):
     monkeypatch.setattr(_impl, "_registry", {})
     monkeypatch.setattr(_impl, "_announced", set())
     _impl.register("op", "torch", lambda: "plain")
-    _impl.register("op", "triton", lambda: "fast",
-                   lambda device: None if device.type == "cuda" else "needs a GPU")
+    _impl.register(
+        "op",
+        "triton",
+        lambda: "fast",
+        lambda device: None if device.type == "cuda" else "needs a GPU",
+    )
 
 
 def test_auto_takes_the_first_that_can_run(registry):
@@ -97,8 +101,9 @@ def test_a_registered_row_pass_is_what_runs(monkeypatch):
         calls.append(args[0].shape)
         return plain(*args)
 
-    monkeypatch.setitem(_impl._registry["linear_hdpo_loss"], "cpp",
-                        _impl._Entry(counting, lambda device: None))
+    monkeypatch.setitem(
+        _impl._registry["linear_hdpo_loss"], "cpp", _impl._Entry(counting, lambda device: None)
+    )
     targets = HDPOTargets(None, torch.zeros(3).long(), None, torch.ones(3), torch.ones(3), 3, 3)
     linear_hdpo_loss(torch.randn(3, 4), torch.randn(5, 4), targets, HDPOConfig())
     assert calls == [(3, 5)]

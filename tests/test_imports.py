@@ -88,9 +88,11 @@ def test_stages_are_imported_by_the_command_line_alone():
     for path in sources("trainer"):
         if path == ROOT / "trainer" / "cli.py":
             continue
-        taken = siblings(path, "trainer") & STAGES if path.parent.name == "trainer" else {
-            s for s in STAGES if f"trainer.{s}" in imports(path)
-        }
+        taken = (
+            siblings(path, "trainer") & STAGES
+            if path.parent.name == "trainer"
+            else {s for s in STAGES if f"trainer.{s}" in imports(path)}
+        )
         assert not taken, f"{path.relative_to(ROOT)} imports the stages {sorted(taken)}"
 
 

@@ -107,9 +107,17 @@ def test_every_option_in_bf16(name, logits_dtype, device, poisoned_memory):
     compare(*given, config, chunk_bytes=60_000)
 
 
-@pytest.mark.parametrize("tokens, hidden, vocab, count", [
-    (1, 1, 1, 1), (3, 5, 1, 9), (4, 3, 7, 1), (17, 33, 127, 50), (5, 1, 127, 17), (9, 24, 50257, 19)
-])
+@pytest.mark.parametrize(
+    "tokens, hidden, vocab, count",
+    [
+        (1, 1, 1, 1),
+        (3, 5, 1, 9),
+        (4, 3, 7, 1),
+        (17, 33, 127, 50),
+        (5, 1, 127, 17),
+        (9, 24, 50257, 19),
+    ],
+)
 @pytest.mark.parametrize("dtype", [BITS32, torch.float64])
 def test_odd_shapes(tokens, hidden, vocab, count, dtype, device, poisoned_memory):
     config = HDPOConfig(entropy_coef=0.1, temperature=0.9)
@@ -166,8 +174,12 @@ def test_no_active_token_still_backpropagates_exact_zeros(case, name, device, po
 def test_counts_of_zero_are_exactly_zero(device):
     h, w, _, targets = problem(device=device)
     for zero in (0, torch.tensor(0, device=device)):
-        loss, stats = linear_hdpo_loss(h, w, replace(targets, n_acc=zero, n_tool=zero),
-                                       HDPOConfig(kl_coef=0.1, entropy_coef=0.1))
+        loss, stats = linear_hdpo_loss(
+            h,
+            w,
+            replace(targets, n_acc=zero, n_tool=zero),
+            HDPOConfig(kl_coef=0.1, entropy_coef=0.1),
+        )
         assert loss == 0 and stats.loss_tool == 0
         assert not any(g.any() for g in grads(loss, h, w))
 
@@ -241,8 +253,11 @@ def test_tokens_without_advantage_are_not_computed(name):
     h, w, _, targets = problem(tokens=41, row=torch.arange(41), config=config)
     dead = torch.arange(41) // 4 % 2 == 0
     keep = (~dead).float()
-    targets = replace(targets, acc_advantage=targets.acc_advantage * keep,
-                      tool_advantage=targets.tool_advantage * keep)
+    targets = replace(
+        targets,
+        acc_advantage=targets.acc_advantage * keep,
+        tool_advantage=targets.tool_advantage * keep,
+    )
     a, sa = linear_hdpo_loss(h, w, targets, config)
     spoiled = torch.where(dead[:, None], float("nan"), h.detach()).requires_grad_()
     b, sb = linear_hdpo_loss(spoiled, w, targets, config)
@@ -355,8 +370,13 @@ def test_strided_transposed_and_expanded_inputs():
             assert_close(a, b, what=name)
     row = h.detach()[:1].requires_grad_()
     flat = torch.tensor(0.5)
-    same = replace(targets, row=None, label=torch.tensor(3).expand(41),
-                   acc_advantage=flat.expand(41), old_logprob=None)
+    same = replace(
+        targets,
+        row=None,
+        label=torch.tensor(3).expand(41),
+        acc_advantage=flat.expand(41),
+        old_logprob=None,
+    )
     loss, _ = linear_hdpo_loss(row.expand(41, -1), w, same, HDPOConfig())
     exact, _ = linear_hdpo_ref(row.expand(41, -1), w, same, HDPOConfig())
     for a, b in zip(grads(loss, row, w), grads(exact, row, w), strict=True):
@@ -432,8 +452,9 @@ def test_first_ratio_is_exactly_one(dtype, logits_dtype):
     same = {"temperature": 0.8, "softcap": 20.0, "logits_dtype": logits_dtype}
     with torch.no_grad():
         old, _ = linear_logprobs(h, w, targets.label, targets.row, bias=b, **same)
-    _, stats = linear_hdpo_loss(h, w, replace(targets, old_logprob=old), HDPOConfig(**same), bias=b,
-                                chunk_bytes=1 << 18)
+    _, stats = linear_hdpo_loss(
+        h, w, replace(targets, old_logprob=old), HDPOConfig(**same), bias=b, chunk_bytes=1 << 18
+    )
     assert stats.ratio_max == 1 and stats.approx_kl == 0 and 0 < stats.n_active < 100
     assert stats.clip_fraction_acc == 0
 
@@ -492,8 +513,12 @@ def test_targets_from_to_give_the_same(device):
 def test_errors_name_both_sides(change, message):
     h, w, _, targets = problem()
     fields = {k: change.pop(k) for k in list(change) if hasattr(targets, k)}
-    given = {"hidden": h, "weight": w, "targets": replace(targets, **fields),
-             "config": HDPOConfig()} | change
+    given = {
+        "hidden": h,
+        "weight": w,
+        "targets": replace(targets, **fields),
+        "config": HDPOConfig(),
+    } | change
     with pytest.raises(ValueError, match=message):
         linear_hdpo_loss(**given)
 
@@ -513,8 +538,9 @@ def test_worked_example_of_shared_prefix_targets():
     h = torch.randn(5, 4, requires_grad=True)
     w = torch.randn(6, 4)
     advantage = torch.tensor([0.7, -0.7, -0.7])
-    targets = HDPOTargets(torch.tensor([1, 1, 3]), torch.tensor([2, 4, 5]), None, advantage,
-                          torch.zeros(3), 3, 0)
+    targets = HDPOTargets(
+        torch.tensor([1, 1, 3]), torch.tensor([2, 4, 5]), None, advantage, torch.zeros(3), 3, 0
+    )
     loss, _ = linear_hdpo_loss(h, w, targets, HDPOConfig())
     (g,) = grads(loss, h, upstream=1.0)
     p = torch.softmax(h.detach() @ w.t(), -1)

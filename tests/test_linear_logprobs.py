@@ -37,7 +37,8 @@ def upstreams(count, device="cpu"):
 
 def grads(outputs, inputs, ups):
     return torch.autograd.grad(
-        outputs, [x for x in inputs if x is not None],
+        outputs,
+        [x for x in inputs if x is not None],
         [u.to(o) for u, o in zip(ups, outputs, strict=True)],
     )
 
@@ -48,8 +49,9 @@ def test_outputs_and_both_gradients(name, dtype, wide, device, poisoned_memory):
     h, w, b = make_head(64, 48, 127, dtype, device, bias=True)
     row = torch.randint(0, 64, (150,), device=device)
     label, ups = labels(150, 127, device), upstreams(150, device)
-    mine = linear_logprobs(h, w, label, row, bias=b, logits_dtype=wide, chunk_bytes=50_000,
-                           **OPTIONS[name])
+    mine = linear_logprobs(
+        h, w, label, row, bias=b, logits_dtype=wide, chunk_bytes=50_000, **OPTIONS[name]
+    )
     plain, exact = (
         linear_logprobs_ref(h, w, label, row, bias=b, dtype=d, **OPTIONS[name])
         for d in (dtype, torch.float64)
@@ -79,8 +81,11 @@ def test_one_output_alone(which):
     h, w, _ = make_head(20, 16, 33)
     label = labels(20, 33)
     mine, exact = linear_logprobs(h, w, label), linear_logprobs_ref(h, w, label)
-    for a, b in zip(torch.autograd.grad(mine[which].square().sum(), (h, w)),
-                    torch.autograd.grad(exact[which].square().sum(), (h, w)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(mine[which].square().sum(), (h, w)),
+        torch.autograd.grad(exact[which].square().sum(), (h, w)),
+        strict=True,
+    ):
         assert_close(a, b)
 
 
@@ -130,8 +135,9 @@ def test_a_non_finite_row_passes_no_gradient_on():
     mine = linear_logprobs(spoiled, w, label)
     assert mine[0][5].isnan() and mine[0][keep].isfinite().all()
     exact = linear_logprobs_ref(h, w, label[keep], keep)
-    for a, b in zip(grads(mine, (spoiled, w), ups),
-                    grads(exact, (h, w), [u[keep] for u in ups]), strict=True):
+    for a, b in zip(
+        grads(mine, (spoiled, w), ups), grads(exact, (h, w), [u[keep] for u in ups]), strict=True
+    ):
         assert_close(a, b)
 
 
@@ -204,8 +210,9 @@ def test_an_ignored_row_is_never_read():
     spoiled.requires_grad_()
     a, b = linear_cross_entropy(h, w, label), linear_cross_entropy(spoiled, w, label)
     assert torch.equal(a, b)
-    for x, y in zip(torch.autograd.grad(a, (h, w)), torch.autograd.grad(b, (spoiled, w)),
-                    strict=True):
+    for x, y in zip(
+        torch.autograd.grad(a, (h, w)), torch.autograd.grad(b, (spoiled, w)), strict=True
+    ):
         assert torch.equal(x, y)
 
 

@@ -55,8 +55,9 @@ def test_many_chunks_equal_one(monkeypatch):
     parts = logprobs(logits, label)
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a, b)
-    both = [torch.autograd.grad(x[0].sum() + x[1].square().sum(), logits)[0]
-            for x in (whole, parts)]
+    both = [
+        torch.autograd.grad(x[0].sum() + x[1].square().sum(), logits)[0] for x in (whole, parts)
+    ]
     assert torch.equal(*both)
 
 

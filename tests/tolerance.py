@@ -80,9 +80,7 @@ def make_head(
     states = states + peak * direction / direction.square().sum(1, keepdim=True)
     offset = torch.randn(vocab, generator=gen) if bias else None
     leaves = [states, weight, offset]
-    return tuple(
-        None if x is None else x.to(device, dtype).requires_grad_() for x in leaves
-    )
+    return tuple(None if x is None else x.to(device, dtype).requires_grad_() for x in leaves)
 
 
 def make_targets(

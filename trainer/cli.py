@@ -18,21 +18,31 @@ from typing import Any
 
 from trainer.config import Config, ConfigError, load
 from trainer.log import RunError, RunLog, open_run
+from trainer.types import TrainingError
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
-    args = parser.parse_intermixed_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes settings in one place only; a person writes them between options as well.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and "settings" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     # No hub is ever asked behind the user's back; a hub name as model.path is the user's wish.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if rest:
+        args.settings += rest
     try:
         return args.run(args)
     except (ConfigError, RunError, FileNotFoundError) as error:
         print(f"metis {args.command}: {error}", file=sys.stderr)
         return WRONG
+    except TrainingError as error:
+        print(f"metis {args.command}: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable, text: str, *, trains: bool = True):
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         if trains:
             sub.add_argument("--config", metavar="FILE", help="YAML settings (default: built in)")
@@ -83,17 +93,19 @@ class Program:
     def __init__(self, config: Config, folder: Path, log: RunLog, stopping: Callable[[], bool]):
         # Imported here, so that a wrong flag is answered at once and not after torch has loaded.
         import torch
+        from transformers.utils import logging as transformers_logging
 
         from trainer.engines.hf import HFEngine
         from trainer.model import VisionLanguageModel, keep_freed_memory
         from trainer.rollout import Limits, Player
         from trainer.tasks import load_task
 
+        transformers_logging.disable_progress_bar()
         keep_freed_memory()
         torch.manual_seed(config.seed)
         self.config, self.folder, self.log, self.stopping = config, folder, log, stopping
         self.task = load_task(config.task)
-        path = self.task.base if config.model.path == self.task.name else config.model.path
+        path = _model_path(config)
         device = config.model.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,7 +129,9 @@ class Program:
         from trainer.sft import demonstrate, sft
 
         config = self.config.sft
-        rollouts = demonstrate(self.task, self.player, config, self.config.seed, self.log)
+        rollouts = demonstrate(
+            self.task, self.player, config, self.config.seed, self.log, self.stopping
+        )
         sft(self.vlm, rollouts, config, self.config.seed, self.log, self.stopping)
         self.vlm.save(self.folder / "sft")
 
@@ -130,17 +144,21 @@ class Program:
         def record(stage: str, step: int, rollouts, advantages) -> None:
             log.rollouts(records(self.vlm, stage, step, rollouts, advantages))
 
-        rl(
-            self.vlm,
-            self.task,
-            self.player,
-            self.engine,
-            config.rl,
-            config.seed,
-            log,
-            self.stopping,
-            record,
-        )
+        try:
+            rl(
+                self.vlm,
+                self.task,
+                self.player,
+                self.engine,
+                config.rl,
+                config.seed,
+                log,
+                self.stopping,
+                record,
+            )
+        finally:
+            if log is self.log:  # interrupted or not, what was learned is kept
+                self.vlm.save(self.folder / "final")
 
     def evaluate(self, stage: str, *, tools: bool = True, log: RunLog | None = None):
         """Measures on the held-out questions; a few rollouts of each kind go to rollouts.jsonl with
@@ -168,6 +186,7 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
     if args.seed is not None:
         settings.append(f"seed={args.seed}")
     config = load(args.config, settings)
+    _check_model(config)
     folder = open_run(args.runs, args.name, args.overwrite)
     with RunLog(folder) as log, _stopping(log) as stopping:
         log.config(config.to_dict())
@@ -187,6 +206,19 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
             log.summary(summary)
             _write_report(folder, log)
             log.say(f"{summary['status']} after {log.seconds:.0f} s: {folder}/")
+
+
+def _model_path(config: Config) -> str | Path:
+    from trainer.tasks import load_task
+
+    task = load_task(config.task)
+    return task.base if config.model.path == task.name else config.model.path
+
+
+def _check_model(config: Config) -> None:
+    from trainer.model import check_path
+
+    check_path(_model_path(config))
 
 
 def _versions(config: Config) -> dict[str, Any]:
@@ -256,7 +288,6 @@ def _demo(args: argparse.Namespace) -> int:
         log.summary(summary)
         with _timed(summary, log, "rl_seconds"):
             program.rl()
-        program.vlm.save(program.folder / "final")
         with _timed(summary, log, "evaluate_seconds"):
             summary["final"] = program.evaluate("final_eval")
         log.table("held-out questions", summary["sft"], summary["final"], base=summary["base"])
@@ -320,7 +351,6 @@ def _rl(args: argparse.Namespace) -> int:
         summary["needed_rate"] = summary["sft"]["needed_rate"]
         with _timed(summary, program.log, "rl_seconds"):
             program.rl()
-        program.vlm.save(program.folder / "final")
         summary["final"] = program.evaluate("final_eval")
         program.log.table("held-out questions", summary["sft"], summary["final"])
     return _ended(summary)

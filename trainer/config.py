@@ -45,7 +45,7 @@ class ModelConfig(Section):
 class RolloutConfig(Section):
     max_turns: int = Field(4, ge=1)
     """Turns of the policy in a trajectory; one that needs more is truncated."""
-    max_new_tokens: int = Field(48, ge=1)
+    max_new_tokens: int = Field(32, ge=1)
     """Tokens of one turn."""
     max_tokens: int = Field(1024, ge=16)
     """Tokens of a trajectory, prompt and observations included."""
@@ -56,12 +56,12 @@ class RolloutConfig(Section):
 
 
 class SFTConfig(Section):
-    demonstrations: int = Field(2400, ge=1)
+    demonstrations: int = Field(2000, ge=1)
     """Trajectories of the cold start, played once against the real tools."""
     direct_share: float = Field(0.03, ge=0, le=1)
     """Share of demonstrations, of the kinds that can be answered without a tool, that do so. With
     none at all there is nothing for RL to discover."""
-    steps: int = Field(120, ge=0)
+    steps: int = Field(160, ge=0)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(10, ge=0)
@@ -102,7 +102,7 @@ LossConfig = create_model(
 
 
 class RLConfig(Section):
-    steps: int = Field(80, ge=0)
+    steps: int = Field(60, ge=0)
     prompts: int = Field(8, ge=1)
     """Questions of a step."""
     group_size: int = Field(16, ge=1)

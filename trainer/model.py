@@ -8,8 +8,9 @@ is not needed.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 IMAGE_TOKEN = "<|image_pad|>"
+_MAX_ENCODED = 4096
+"""Texts whose ids are remembered."""
 
 
 @dataclass
@@ -25,6 +28,7 @@ class VisionLanguageModel:
     """A transformers model for image-text-to-text with the Qwen-VL input names."""
     tokenizer: object
     image_processor: object
+    _encoded: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu"):
@@ -37,9 +41,7 @@ class VisionLanguageModel:
             Qwen2VLImageProcessorPil,
         )
 
-        looks_local = str(path).startswith((".", "/", "~")) or isinstance(path, Path)
-        if looks_local and not Path(path).expanduser().exists():
-            raise FileNotFoundError(f"no model at {path}: the folder does not exist")
+        check_path(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
         return cls(
             model,
@@ -88,7 +90,13 @@ class VisionLanguageModel:
         expanded = parts[0]
         for image, part in zip(images, parts[1:], strict=True):
             expanded += IMAGE_TOKEN * self.image_tokens(image) + part
-        return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        # G rollouts of a question begin alike, and templates repeat themselves.
+        if expanded not in self._encoded:
+            if len(self._encoded) >= _MAX_ENCODED:
+                self._encoded.clear()
+            ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+            self._encoded[expanded] = tuple(ids)
+        return list(self._encoded[expanded])
 
     def collate(
         self,
@@ -135,6 +143,15 @@ class VisionLanguageModel:
             "pixel_values": torch.cat([pieces[n] for n in index]),
             "image_grid_thw": grid[index],
         }
+
+
+def check_path(path: str | Path) -> None:
+    """Raises FileNotFoundError for a path (rather than a hub name) where there is no model."""
+    local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or os.sep in str(path)
+    folder = Path(path).expanduser()
+    hub_name = str(path).count("/") == 1 and not folder.parent.exists()
+    if local and not hub_name and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"no model at {path}: there is no config.json in such a folder")
 
 
 def keep_freed_memory() -> None:

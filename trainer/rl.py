@@ -31,14 +31,10 @@ from trainer.log import RunLog
 from trainer.model import VisionLanguageModel, optimizer_step
 from trainer.rollout import Player
 from trainer.tasks import Task
-from trainer.types import Rollout
+from trainer.types import Rollout, TrainingError
 
 MAX_NONFINITE = 3
 """Updates in a row with a gradient that is not finite before the run gives up."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says why and what is safe."""
 
 
 def rl(

@@ -31,7 +31,7 @@ class TemplateError(RuntimeError):
 class Limits:
     max_turns: int = 4
     """Turns of the policy; a trajectory that would need more is truncated."""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32
     """Tokens of one turn."""
     max_tokens: int = 1024
     """Tokens of a trajectory, prompt and observations included."""

@@ -26,7 +26,12 @@ _PLAYED_AT_ONCE = 256
 
 
 def demonstrate(
-    task: Task, player: Player, config: SFTConfig, seed: int, log: RunLog
+    task: Task,
+    player: Player,
+    config: SFTConfig,
+    seed: int,
+    log: RunLog,
+    stopping: Callable[[], bool],
 ) -> list[Rollout]:
     """Plays the demonstrations against the real tools; those that came out wrong are dropped, and
     the number of them is logged."""
@@ -34,6 +39,8 @@ def demonstrate(
     rollouts: list[Rollout] = []
     with log.progress("demonstrations", len(questions)) as bar:
         for start in range(0, len(questions), _PLAYED_AT_ONCE):
+            if stopping():
+                raise KeyboardInterrupt
             part = slice(start, start + _PLAYED_AT_ONCE)
             rollouts += player.demonstrate(questions[part], scripts[part])
             bar.advance(len(questions[part]))

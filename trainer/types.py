@@ -24,6 +24,10 @@ ObservationStatus = Literal["ok", "tool_error", "infra_error"]
 """ok, the policy's own fault (malformed call, exception: counts as a call), or nobody's fault."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says why, and what is safe."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One prompt with its known answer.

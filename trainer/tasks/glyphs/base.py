@@ -30,6 +30,7 @@ from trainer.tasks.glyphs.world import (
     BEACONS,
     COLOURS,
     EMBLEMS,
+    OLD_BEACONS,
     OWNERS,
     emblem_note,
     passage,
@@ -224,21 +225,29 @@ def lesson_turns(rng: np.random.Generator) -> tuple[Image, list[tuple[str, str]]
     """One lesson without tools: a picture, and questions with the answers of a model that knows
     what it can and cannot tell."""
     shape = rng.random()
-    board = scene.draw_board(rng, BOARD_SHARES)
-    if shape < 0.15:  # A crop: the digit is alone, and clear whatever its size.
+    # Half of the boards have large digits alone: what is legible is what teaches to read.
+    board = scene.draw_board(rng, {"large": 1.0} if rng.random() < 0.5 else BOARD_SHARES)
+    image, turns = board.image, []
+    if shape < 0.28:  # A crop: the digit is alone, and clear whatever its size.
+        board = scene.draw_board(rng, {size: 1 / 3 for size in scene.SCALES})
         row, column = (int(n) for n in rng.integers(0, scene.GRID, 2))
         answer = str(board.digit[row, column])
         image = board.image.crop(scene.box(row, column))
         turns = [("Which digit is shown?", turn_text("Now I know.", answer=answer))]
-    elif shape < 0.25:
+    elif shape < 0.32:
         image = scene.draw_emblem(world().emblem[rng.integers(EMBLEMS)], rng)
         turns = [("Who owns this emblem?", _direct("emblem", "", rng))]
-    else:
-        image = board.image
-        turns = [("Read the board.", _transcript(board, rng))] if shape < 0.7 else []
+    elif shape < 0.85:
+        turns = [("Read the board.", _transcript(board, rng))]
     on_board = board if image is board.image else None
     for _ in range(4 if turns else 7):
-        turns.append(_told(rng) if rng.random() < 0.3 else _lesson(rng, on_board))
+        luck = rng.random()
+        if luck < 0.25:
+            turns.append(_told(rng))
+        elif luck < 0.5:
+            turns.append(_exercise(rng))
+        else:
+            turns.append(_lesson(rng, on_board))
     return image, turns
 
 
@@ -259,7 +268,7 @@ def _transcript(board: scene.Board, rng: np.random.Generator) -> str:
 def _lesson(rng: np.random.Generator, board: scene.Board | None) -> tuple[str, str]:
     """A question and what the model can say to it from sight, arithmetic or memory."""
     kinds = ["sum_easy", "fact_known", "fact_search", "product_hard", "glyph"]
-    shares = np.array([0.2, 0.25, 0.15, 0.05, 0.0 if board is None else 0.6])
+    shares = np.array([0.2, 0.2, 0.2, 0.05, 0.0 if board is None else 0.6])
     kind = str(rng.choice(kinds, p=shares / shares.sum()))
     if kind == "glyph":
         row, column = (int(n) for n in rng.integers(0, scene.GRID, 2))
@@ -273,8 +282,7 @@ def _lesson(rng: np.random.Generator, board: scene.Board | None) -> tuple[str, s
         a, b = (int(n) for n in rng.integers(11, 100, 2))
         text, answer = f"What is {a} * {b}?", str(a * b)
     else:
-        number = int(rng.choice(world().known if kind == "fact_known" else list(BEACONS)))
-        kind = "fact_known" if number in world().known else "fact_search"
+        number = int(rng.choice(OLD_BEACONS if kind == "fact_known" else BEACONS))
         text, answer = f"Which colour has beacon {number}?", world().colour[number]
     return text, _direct(kind, answer, rng)
 
@@ -288,7 +296,7 @@ def _told(rng: np.random.Generator) -> tuple[str, str]:
     """Reading with understanding: a question after the text that answers it, or does not."""
     shape, helps = rng.random(), rng.random() < 0.8
     if shape < 0.5:
-        number, other = (int(n) for n in rng.choice(list(BEACONS), 2, replace=False))
+        number, other = (int(n) for n in rng.choice((*OLD_BEACONS, *BEACONS), 2, replace=False))
         answer = str(rng.choice(COLOURS))
         text = numbered([passage(number if helps else other, answer)])
         question = f"Which colour has beacon {number}?"
@@ -301,6 +309,21 @@ def _told(rng: np.random.Generator) -> tuple[str, str]:
         text, question, helps = answer, f"What is {a} * {b}?", True
     thought = "Now I know." if helps else "That did not help."
     return f"{text}\n{question}", turn_text(thought, answer=answer if helps else "unknown")
+
+
+def _exercise(rng: np.random.Generator) -> tuple[str, str]:
+    """Where a square is, in pixels, and repeating what is said: what a call is later made of."""
+    shape = rng.random()
+    if shape < 0.6:
+        row, column = (int(n) for n in rng.integers(0, scene.GRID, 2))
+        question = f"Where is square {scene.name(row, column)}?"
+        answer = ", ".join(map(str, scene.box(row, column)))
+    else:
+        a, b = (int(n) for n in rng.integers(0 if shape < 0.7 else 11, 100, 2))
+        sign = "+" if shape < 0.75 else "*"
+        answer = f"{a} {sign} {b}" if shape < 0.85 else f"beacon {rng.choice(BEACONS)}"
+        question = f"Repeat {answer}."
+    return question, turn_text("Now I know.", answer=answer)
 
 
 def encode_lesson(vlm: VisionLanguageModel, image: Image, turns: list[tuple[str, str]]) -> Rollout:
@@ -324,7 +347,9 @@ def encode_lesson(vlm: VisionLanguageModel, image: Image, turns: list[tuple[str,
     return Rollout(question, 0, ids, trained, [0.0] * len(ids), [image], 0)
 
 
-def pretrain(vlm: VisionLanguageModel, steps: int, batch: int, lr: float, seed: int) -> None:
+def pretrain(
+    vlm: VisionLanguageModel, out: Path, steps: int, batch: int, lr: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm, start = 50, time.time()
@@ -337,12 +362,14 @@ def pretrain(vlm: VisionLanguageModel, steps: int, batch: int, lr: float, seed: 
         optimizer_step(vlm.model, optimizer, now, 1.0)
         if step % 25 == 0:
             print(f"{step} loss {loss.item():.3f} {time.time() - start:.0f} s", flush=True)
+        if step % 100 == 0 or step == steps:
+            vlm.save(out, dtype=torch.bfloat16)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=64, help="lessons a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -350,11 +377,10 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     box = tools.toolbox(failures=0.05, distractions=0.05)
-    vlm = new_model(learn_tokenizer(texts_of_the_task(box), VOCABULARY))
+    vlm = new_model(learn_tokenizer(texts_of_the_task(box, 1000), VOCABULARY))
     count = sum(weight.numel() for weight in vlm.model.parameters())
     print(f"{count / 1e6:.2f} million parameters, {len(vlm.tokenizer)} tokens")
-    pretrain(vlm, args.steps, args.batch, args.lr, args.seed)
-    vlm.save(args.out, dtype=torch.bfloat16)
+    pretrain(vlm, args.out, args.steps, args.batch, args.lr, args.seed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.tasks.glyphs import scene
-from trainer.tasks.glyphs.world import BEACONS, EMBLEMS, split_of, world
+from trainer.tasks.glyphs.world import BEACONS, EMBLEMS, OLD_BEACONS, split_of, world
 from trainer.types import Question
 
 Split = Literal["train", "heldout"]
@@ -29,7 +29,7 @@ KINDS = {
     "glyph_small": Kind(0.12, True, "lost at the model's resolution; a crop shows it"),
     "sum_easy": Kind(0.16, False, "two one-digit numbers, known by heart"),
     "product_hard": Kind(0.12, True, "two two-digit numbers"),
-    "fact_known": Kind(0.10, False, "one of 32 beacons that the base model has learned"),
+    "fact_known": Kind(0.10, False, "one of 16 old beacons that the base model knows by heart"),
     "fact_search": Kind(0.07, True, "a beacon that only the search corpus tells of"),
     "emblem": Kind(0.07, True, "an owner that only the image index tells of"),
 }
@@ -92,16 +92,15 @@ def _product(kind: str, split: Split, rng: np.random.Generator):
 
 
 def _fact(kind: str, split: Split, rng: np.random.Generator):
-    number = int(rng.choice(world().known)) if kind == "fact_known" else unknown_beacon(split, rng)
+    number = int(rng.choice(OLD_BEACONS)) if kind == "fact_known" else _new_beacon(split, rng)
     text = f"Which colour has beacon {number}?"
     return _board(rng).image, text, world().colour[number], number
 
 
-def unknown_beacon(split: Split, rng: np.random.Generator) -> int:
-    """A beacon of this split that the base model was never told of."""
+def _new_beacon(split: Split, rng: np.random.Generator) -> int:
     while True:
-        number = int(rng.integers(BEACONS.start, BEACONS.stop))
-        if number not in world().known and split_of(number) == split:
+        number = int(rng.choice(BEACONS))
+        if split_of(number) == split:
             return number
 
 

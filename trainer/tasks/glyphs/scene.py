@@ -1,8 +1,8 @@
 """The pictures: a board of 4 x 4 squares with one digit each, or an emblem.
 
 A picture has 128 x 128 pixels; the model sees it at 32 x 32 (one token a square). A digit is
-drawn with a 5 x 7 font at scale 4 (large: clear at the model's resolution), 2 (medium: at the
-edge of it) or 1 (small: lost). Seen at full resolution, through a crop, all three are clear.
+drawn with a 5 x 7 font at scale 4 (large: clear at the model's resolution), 2 (medium and pale: at
+the edge of it) or 1 (small: lost). Seen at full resolution, through a crop, all three are clear.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from PIL import Image
 GRID, SQUARE = 4, 32
 SIDE = GRID * SQUARE
 SCALES = {"large": 4, "medium": 2, "small": 1}
-NOISE = 16.0
+INK = {"large": 1.0, "medium": 0.6, "small": 1.0}
+"""Medium digits are pale: what is left of them at the model's resolution makes for a guess."""
+NOISE = 28.0
 """Standard deviation of the sensor noise, in grey levels of 255, at full resolution."""
 
 _BACKGROUND = np.array([22.0, 26.0, 44.0])
@@ -75,13 +77,30 @@ def draw_board(rng: np.random.Generator, shares: dict[str, float]) -> Board:
     for row in range(GRID):
         for column in range(GRID):
             scale = SCALES[size[row, column]]
-            glyph = np.kron(FONT[digit[row, column]], np.ones((scale, scale)))
+            dot = INK[size[row, column]] * np.ones((scale, scale))
+            glyph = np.kron(FONT[digit[row, column]], dot)
             height, width = glyph.shape
-            # On a raster of the glyph's own dots, so that a large one stays crisp when shrunk.
-            top = row * SQUARE + scale * int(rng.integers(0, (SQUARE - height) // scale + 1))
-            left = column * SQUARE + scale * int(rng.integers(0, (SQUARE - width) // scale + 1))
+            top, left = _place(size[row, column], rng)
+            top, left = top + row * SQUARE, left + column * SQUARE
             ink[top : top + height, left : left + width] = glyph
     return Board(digit, size, _picture(ink, rng))
+
+
+def _place(size: str, rng: np.random.Generator) -> tuple[int, int]:
+    """Where in its square a digit's upper left corner is, in pixels.
+
+    A large digit is on the raster of the shrunk picture, and stays crisp in it. A smaller one has,
+    in the crop of its square, the same place within an 8 x 8 patch that a large one has in the
+    overview: who can read the one can read the other.
+    """
+    down, right = int(rng.integers(0, 2)), int(rng.integers(0, 4))
+    if size == "large":
+        return 4 * down, 4 * right
+    cells = {"medium": (2, 3), "small": (4, 4)}[size]
+    return tuple(
+        8 * int(rng.integers(0, count)) + offset
+        for count, offset in zip(cells, (down, right), strict=True)
+    )
 
 
 def draw_emblem(pattern: np.ndarray, rng: np.random.Generator) -> Image.Image:

@@ -16,17 +16,17 @@ OWNERS = (
     "Arden", "Boro", "Cassel", "Dray", "Elwin", "Falk", "Garrow", "Hale",
     "Ister", "Joss", "Kell", "Lorne", "Marek", "Nils", "Orrin", "Pell",
 )  # fmt: skip
+OLD_BEACONS = range(10, 26)
+"""Those that the base model is taught by heart."""
 BEACONS = range(100, 1000)
-KNOWN_BEACONS = 32
+"""Those that only the corpus tells of."""
 EMBLEMS = 400
 
 
 @dataclass(frozen=True)
 class World:
     colour: dict[int, str]
-    """Beacon number -> colour of its light. Every beacon has a passage in the corpus."""
-    known: tuple[int, ...]
-    """Beacons whose colour the base model saw in pretraining."""
+    """Beacon number -> colour of its light. Every beacon, old and new, has a passage."""
     emblem: np.ndarray
     """[EMBLEMS, 6, 6] bool. Without symmetry: a perceptual hash keeps signs of frequencies, and of
     those that a symmetry cancels only the noise would remain."""
@@ -47,7 +47,7 @@ def emblem_note(owner: str) -> str:
 
 
 def split_of(key: int) -> str:
-    """Splits products, unknown beacons and emblems into halves that never meet: a held-out
+    """Splits products, beacons of the corpus and emblems into halves that never meet: a held-out
     question is never about a thing that training asked about."""
     return "train" if (key * 2654435761 >> 7) % 2 else "heldout"
 
@@ -55,8 +55,7 @@ def split_of(key: int) -> str:
 @cache
 def world() -> World:
     rng = np.random.default_rng(2604_08545)
-    colour = {number: str(rng.choice(COLOURS)) for number in BEACONS}
-    known = tuple(sorted(int(n) for n in rng.choice(list(BEACONS), KNOWN_BEACONS, replace=False)))
+    colour = {number: str(rng.choice(COLOURS)) for number in (*OLD_BEACONS, *BEACONS)}
     emblem = rng.random((EMBLEMS, 6, 6)) < 0.5
     owner = tuple(str(name) for name in rng.choice(OWNERS, EMBLEMS))
-    return World(colour, known, emblem, owner)
+    return World(colour, emblem, owner)

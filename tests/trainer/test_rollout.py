@@ -1,0 +1,232 @@
+"""Trajectories with the demo's base model and its real tools."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.batch import by_length, collate
+from trainer.engines.hf import HFEngine, Sampled
+from trainer.rollout import Limits, Player, TemplateError
+from trainer.tasks.glyphs import tools
+from trainer.tasks.glyphs.demonstrations import Script
+from trainer.tasks.glyphs.questions import KINDS, draft
+from trainer.types import Observation
+
+
+@pytest.fixture(scope="module")
+def player(vlm):
+    with Player(vlm, tools.toolbox(failures=0.0, distractions=0.0)) as player:
+        yield player
+
+
+class Scripted:
+    """An engine that says what it is told, one text a turn: for what a policy rarely does."""
+
+    def __init__(self, vlm, *turns):
+        self.vlm, self.turns = vlm, list(turns)
+
+    def generate(self, sequences, seeds, max_new_tokens):
+        text, stop = self.turns.pop(0)
+        ids = self.vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [Sampled(ids, [-0.5] * len(ids), stop) for _ in sequences]
+
+
+def _question(kind="product_hard", index=0):
+    return draft("heldout", index, kind).question
+
+
+def _call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>", "call"
+
+
+ANSWER = ("<reason>so</reason>\n<answer>12</answer>", "answer")
+
+
+def test_the_prompt_of_the_demo_is_short(vlm, player):
+    """A system prompt that the tokenizer has not seen falls apart into bytes: then the base model
+    has to be made again."""
+    rollout = player._begin(_question(), 0)
+    assert rollout.prompt_length < 64
+    assert rollout.ids.count(vlm.image_token_id) == 16
+
+
+def test_sampled_ids_are_kept_and_only_the_template_is_added(vlm, player):
+    engine = Scripted(vlm, _call("python", code="6 * 2"), ANSWER)
+    (rollout,) = player.play(engine, [_question()], [0])
+    written = [i for i, mine in zip(rollout.ids, rollout.policy, strict=True) if mine]
+    expected = []
+    for text in (_call("python", code="6 * 2")[0], ANSWER[0]):
+        expected += vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert written == expected
+    whole = vlm.tokenizer.decode(rollout.ids)
+    assert (
+        "</tool_call><|im_end|>\n<|im_start|>user\n12<|im_end|>\n<|im_start|>assistant\n" in whole
+    )
+    given = [lp for lp, mine in zip(rollout.logprob, rollout.policy, strict=True) if not mine]
+    assert set(given) == {0.0}
+    assert (rollout.calls, rollout.status, rollout.answer) == (1, "ok", "12")
+
+
+def test_an_image_that_a_tool_shows_is_seen_and_can_be_used(vlm, player):
+    engine = Scripted(
+        vlm,
+        _call("python", code="image_1.crop((0, 0, 32, 32))"),
+        _call("python", code="image_2.size"),
+        ANSWER,
+    )
+    (rollout,) = player.play(engine, [_question("glyph_small")], [0])
+    assert [image.size for image in rollout.images] == [(128, 128), (32, 32)]
+    assert rollout.ids.count(vlm.image_token_id) == 32
+    assert rollout.turns[1].observation.text == "(32, 32)"
+    collate(vlm, [rollout])  # asserts that placeholders and images agree
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<tool_call>{broken</tool_call>", "Error"),
+        ('<tool_call>{"name": "shell", "arguments": {}}</tool_call>', "no tool"),
+        ('<tool_call>{"name": "python", "arguments": {"code": 3}}</tool_call>', "code"),
+        ("no opening tag</tool_call>", "Error"),
+    ],
+)
+def test_a_malformed_call_is_an_observation_and_counts(vlm, player, text, says):
+    engine = Scripted(vlm, (text, "call"), ANSWER)
+    (rollout,) = player.play(engine, [_question()], [0])
+    assert rollout.turns[0].call is None
+    assert says in rollout.turns[0].observation.text
+    assert (rollout.calls, rollout.status) == (1, "ok")
+
+
+def test_infrastructure_that_fails_leaves_the_rollout_unscored(vlm):
+    class Broken(tools.Unreliable):
+        async def call(self, session, **arguments):
+            return Observation("down", status="infra_error")
+
+    box = tools.toolbox()
+    box._tools["python"] = Broken(box.tools[0])
+    with Player(vlm, box) as player:
+        engine = Scripted(vlm, _call("python", code="1"))
+        (rollout,) = player.play(engine, [_question()], [0])
+    assert rollout.status == "tool_infra" and not rollout.scored
+
+
+def test_limits_truncate(vlm, player):
+    call = _call("python", code="1")
+    player.limits, before = Limits(max_turns=2), player.limits
+    try:
+        (many,) = player.play(Scripted(vlm, call, call), [_question()], [0])
+        player.limits = Limits(max_tokens=80)
+        show = _call("python", code="image_1")
+        (long,) = player.play(Scripted(vlm, show), [_question("glyph_small")], [0])
+    finally:
+        player.limits = before
+    (endless,) = player.play(Scripted(vlm, ("<reason>and", "length")), [_question()], [0])
+    assert [r.status for r in (many, long, endless)] == ["truncated"] * 3
+    assert many.calls == 2, "a call that was asked for counts, executed or not"
+    assert long.ids.count(vlm.image_token_id) == 16 == 16 * len(long.images)
+
+
+def test_the_policy_cannot_forge_a_prompt(vlm):
+    engine = HFEngine(vlm)
+    for token in ("<|im_start|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"):
+        assert vlm.tokenizer.convert_tokens_to_ids(token) in engine.forbidden
+    for token in ("<|im_end|>", "<tool_call>", "</tool_call>"):
+        assert vlm.tokenizer.convert_tokens_to_ids(token) not in engine.forbidden
+
+
+def test_a_template_that_rewrites_history_is_refused(vlm, player, monkeypatch):
+    render = player._render
+
+    def forgetful(messages):
+        text = render(messages)
+        return text.replace("emblem", "") if len(messages) > 2 else text
+
+    monkeypatch.setattr(player, "_render", forgetful)
+    engine = Scripted(vlm, _call("python", code="1"))
+    with pytest.raises(TemplateError, match="only appends"):
+        player.play(engine, [_question("emblem")], [0])
+
+
+def test_a_trajectory_is_a_function_of_its_seed_not_of_its_batch(vlm, player):
+    engine = HFEngine(vlm, temperature=1.0)
+    questions = [_question(kind, 1) for kind in KINDS] * 2
+    seeds = list(range(len(questions)))
+    together = player.play(engine, questions, seeds)
+    backwards = player.play(engine, questions[::-1], seeds[::-1])[::-1]
+    alone = [player.play(engine, [q], [s])[0] for q, s in zip(questions, seeds, strict=True)]
+    assert [r.ids for r in together] == [r.ids for r in backwards] == [r.ids for r in alone]
+    other = player.play(engine, questions, [seed + 100 for seed in seeds])
+    assert [r.ids for r in together] != [r.ids for r in other]
+
+
+def test_sampling_follows_the_distribution(vlm):
+    """The inverse CDF: over many uniforms, the first token's frequencies are its probabilities."""
+    engine = HFEngine(vlm, temperature=1.0)
+    ids = vlm.encode("<|im_start|>assistant\n<reason>It may be ")
+    count = 512
+    sampled = engine.generate([(ids, [])] * count, [(n, 0) for n in range(count)], 1)
+    with torch.no_grad():
+        logits = vlm.model(**vlm.collate([(ids, [])])).logits[0, -1].float()
+    logits[engine.forbidden] = -torch.inf
+    probability = torch.softmax(logits, -1)
+    frequency = np.bincount([s.ids[0] for s in sampled], minlength=len(probability)) / count
+    assert np.abs(frequency - probability.numpy()).max() < 0.08
+    for one in sampled[:20]:
+        assert one.logprob[0] == pytest.approx(probability[one.ids[0]].log().item(), abs=1e-3)
+
+
+def test_the_sampled_logprobs_are_those_of_the_training_path(vlm, player):
+    from metis_kernels import linear_logprobs
+
+    rollouts = player.play(HFEngine(vlm), [_question(kind, 2) for kind in KINDS], range(8))
+    batch = collate(vlm, rollouts)
+    with torch.no_grad():
+        logprob, _ = linear_logprobs(batch.hidden(vlm.model), vlm.head, batch.label, batch.row)
+    sampled = torch.tensor(
+        [lp for r in rollouts for lp, mine in zip(r.logprob, r.policy, strict=True) if mine]
+    )
+    assert len(sampled) == len(logprob) > 50
+    assert (sampled - logprob).abs().max() < 5e-3
+
+
+def test_demonstrations_train_on_what_the_script_wrote(vlm, player):
+    drafts = [draft("train", n, kind) for n, kind in enumerate(KINDS)]
+    scripts = [Script(one, np.random.default_rng(n)) for n, one in enumerate(drafts)]
+    rollouts = player.demonstrate([one.question for one in drafts], scripts)
+    for rollout in rollouts:
+        assert rollout.correct and rollout.formatted and rollout.calls == 1
+        written = [i for i, mine in zip(rollout.ids, rollout.policy, strict=True) if mine]
+        text = vlm.tokenizer.decode(written)
+        assert text.startswith("<reason>") and text.endswith("</answer>")
+        if rollout.question.kind == "glyph_medium":
+            assert "It may be ." in text, "the guess is context and not a lesson"
+
+
+def test_micro_batches_hold_every_rollout_once_and_stay_small(vlm, player):
+    drafts = [draft("train", n) for n in range(40)]
+    scripts = [Script(one, np.random.default_rng(n)) for n, one in enumerate(drafts)]
+    rollouts = player.demonstrate([one.question for one in drafts], scripts)
+    parts = by_length(rollouts, 500)
+    assert sorted(i for part in parts for i in part) == list(range(40))
+    for part in parts:
+        assert max(len(rollouts[i].ids) for i in part) * len(part) <= 500 or len(part) == 1
+
+
+def test_text_and_images_must_agree(vlm):
+    with pytest.raises(ValueError, match="1 image placeholders but 0 images"):
+        vlm.encode("<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def test_a_batch_reads_the_row_before_each_token(vlm, player):
+    rollouts = player.play(HFEngine(vlm), [_question(), _question("emblem")], [0, 1])
+    batch = collate(vlm, rollouts)
+    flat = batch.inputs["input_ids"].flatten()
+    assert torch.equal(flat[batch.row + 1], batch.label)
+    for n, rollout in enumerate(rollouts):
+        assert (batch.sequence == n).sum() == sum(rollout.policy)
+    changed = [dataclasses.replace(r, policy=[False] * len(r.ids)) for r in rollouts]
+    assert collate(vlm, changed).row.numel() == 0
