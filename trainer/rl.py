@@ -64,7 +64,7 @@ def rl(
             played = time.perf_counter()
             advantages = group_advantages(rollouts, config)
             updates = []
-            lr = config.lr * min(1.0, step / max(config.warmup, 1))
+            lr = config.lr * schedule(step, config)
             batches = optimizer_batches(rollouts, advantages, config, loss_config)
             if len(batches) > 1:  # the first step moves the policy under the others
                 for batch in batches:
@@ -90,6 +90,14 @@ def rl(
             log.metrics("rl", step, **values)
             shown = ("reward", "accuracy", "tool_rate", "tokens_per_second")
             bar.advance(**{name: values[name] for name in shown})
+
+
+def schedule(step: int, config: RLConfig) -> float:
+    """Share of the learning rate at step 1, 2, ...: linear warm-up, constant, and over the last
+    `decay` of the steps linearly down to a tenth."""
+    warm = min(1.0, step / max(config.warmup, 1))
+    left = (config.steps - step) / max(config.decay * config.steps, 1)
+    return warm * max(0.1, min(1.0, left))
 
 
 def _play(task, player, engine, config: RLConfig, seed: int, step: int, stopping):

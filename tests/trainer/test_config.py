@@ -4,9 +4,9 @@ from metis_kernels import HDPOConfig
 from trainer.config import Config, ConfigError, load
 
 
-def test_defaults_are_those_of_the_library():
+def test_defaults_are_those_of_the_library_but_for_the_tool_norm():
     loss = load().rl.loss.hdpo(temperature=1.0)
-    assert loss == HDPOConfig()
+    assert loss == HDPOConfig(tool_norm="qualifying")
 
 
 def test_file_and_overrides(tmp_path):

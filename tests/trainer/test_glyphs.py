@@ -16,7 +16,7 @@ from trainer.types import Observation, Session
 def test_the_mix_is_a_distribution_with_both_needs():
     assert sum(kind.share for kind in KINDS.values()) == pytest.approx(1)
     needed = sum(kind.share for kind in KINDS.values() if kind.needs_tool)
-    assert needed == pytest.approx(0.5)
+    assert needed == pytest.approx(0.54)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,15 +94,17 @@ def test_a_script_calls_again_when_the_tool_was_busy_or_wrong():
     assert find_call(last) is None
 
 
-def test_a_guess_is_never_trained_on():
+def test_a_wrong_guess_is_context_and_a_right_one_a_lesson():
     one = draft("train", 3, "glyph_medium")
-    guesses = set()
-    for seed in range(40):
-        script = Script(one, np.random.default_rng(seed))
-        pieces = script.next_turn(None)
-        (untrained,) = [text for text, trained in pieces if not trained]
-        guesses.add(untrained)
-    assert one.question.answer in guesses and len(guesses) > 3
+    right = 0
+    for seed in range(100):
+        pieces = Script(one, np.random.default_rng(seed)).next_turn(None)
+        untrained = [text for text, trained in pieces if not trained]
+        assert one.question.answer not in untrained
+        right += not untrained
+        whole = "".join(text for text, _ in pieces)
+        assert whole.startswith("<reason>It may be ") and "<tool_call>" in whole
+    assert 45 < right < 75
 
 
 def test_unreliable_tools_fail_and_mislead_at_the_stated_rates(run):
@@ -129,7 +131,7 @@ def test_demonstrations_nearly_always_call():
     task = load_task("glyphs")
     questions, scripts = task.demonstrations(seed=0, count=600, direct_share=0.05)
     direct = [q.kind for q, s in zip(questions, scripts, strict=True) if s.direct]
-    assert 0.01 < len(direct) / len(questions) < 0.06
+    assert 0.01 < len(direct) / len(questions) < 0.05
     assert not {"glyph_small", "product_hard", "fact_search", "emblem"} & set(direct)
 
 

@@ -203,7 +203,7 @@ def test_demonstrations_train_on_what_the_script_wrote(vlm, player):
         text = vlm.tokenizer.decode(written)
         assert text.startswith("<reason>") and text.endswith("</answer>")
         if rollout.question.kind == "glyph_medium":
-            assert "It may be ." in text, "the guess is context and not a lesson"
+            assert text.startswith("<reason>It may be ")
 
 
 def test_micro_batches_hold_every_rollout_once_and_stay_small(vlm, player):

@@ -24,7 +24,7 @@ from trainer.batch import collate
 from trainer.chat import find_call, system_prompt, turn_text
 from trainer.model import IMAGE_TOKEN, VisionLanguageModel, keep_freed_memory, optimizer_step
 from trainer.tasks.glyphs import scene, tools
-from trainer.tasks.glyphs.demonstrations import Script, first_thought
+from trainer.tasks.glyphs.demonstrations import Script
 from trainer.tasks.glyphs.questions import BOARD_SHARES, draft
 from trainer.tasks.glyphs.world import (
     BEACONS,
@@ -236,7 +236,7 @@ def lesson_turns(rng: np.random.Generator) -> tuple[Image, list[tuple[str, str]]
         turns = [("Which digit is shown?", turn_text("Now I know.", answer=answer))]
     elif shape < 0.32:
         image = scene.draw_emblem(world().emblem[rng.integers(EMBLEMS)], rng)
-        turns = [("Who owns this emblem?", _direct("emblem", "", rng))]
+        turns = [("Who owns this emblem?", _direct("emblem", ""))]
     elif shape < 0.85:
         turns = [("Read the board.", _transcript(board, rng))]
     on_board = board if image is board.image else None
@@ -284,12 +284,16 @@ def _lesson(rng: np.random.Generator, board: scene.Board | None) -> tuple[str, s
     else:
         number = int(rng.choice(OLD_BEACONS if kind == "fact_known" else BEACONS))
         text, answer = f"Which colour has beacon {number}?", world().colour[number]
-    return text, _direct(kind, answer, rng)
+    return text, _direct(kind, answer)
 
 
-def _direct(kind: str, answer: str, rng: np.random.Generator) -> str:
-    thought = "".join(text for text, _ in first_thought(kind, answer))
-    return turn_text(thought, answer="unknown" if thought == "I do not know." else answer)
+def _direct(kind: str, answer: str) -> str:
+    """An answer from sight, arithmetic or memory, in words that say how sure it is."""
+    if kind in ("glyph_large", "sum_easy", "fact_known"):
+        return turn_text(f"It is {answer}.", answer=answer)
+    if kind == "glyph_medium":
+        return turn_text(f"It may be {answer}.", answer=answer)
+    return turn_text("I do not know.", answer="unknown")
 
 
 def _told(rng: np.random.Generator) -> tuple[str, str]:

@@ -20,7 +20,7 @@ Piece = tuple[str, bool]
 """Text of the policy, and whether it is trained on."""
 
 GUESS_RIGHT = 0.6
-"""Share of right guesses at medium digits in the demonstrations that go on to call a tool."""
+"""Share of right guesses at medium digits in the demonstrations."""
 
 
 def call_for(draft: Draft) -> tuple[str, dict]:
@@ -37,16 +37,18 @@ def call_for(draft: Draft) -> tuple[str, dict]:
     return "image_search", {}
 
 
-def first_thought(kind: str, answer: str, guess: str | None = None) -> list[Piece]:
+def first_thought(kind: str, answer: str, guess: str) -> list[Piece]:
     """What the model can tell by itself, in words that say how sure it is.
 
-    guess: what stands for a medium digit; None means the right one, trained on. A guess that
-    may be wrong is not trained on: it is context, from which the policy learns to look.
+    The doubt of a guess stands at its end, next to the choice between <answer> and <tool_call>:
+    with one full stop behind both, what RL finds out about sure answers carried over to guesses.
+    A right guess is trained on and keeps the model's reading alive; a wrong one is context, from
+    which the policy learns that the closer look decides.
     """
     if kind in ("glyph_large", "sum_easy", "fact_known"):
         return [(f"It is {answer}.", True)]
     if kind == "glyph_medium":
-        return [("It may be ", True), (guess or answer, guess is None), (".", True)]
+        return [("It may be ", True), (guess, guess == answer), ("?", True)]
     return [("I do not know.", True)]
 
 
@@ -80,9 +82,8 @@ class Script:
 
     def __post_init__(self) -> None:
         self.calls = 0
-        self.guess = None
+        self.guess = self.draft.question.answer
         if self.draft.question.kind == "glyph_medium":
-            self.guess = self.draft.question.answer
             if self.rng.random() >= GUESS_RIGHT:
                 self.guess = str(self.rng.choice([d for d in "0123456789" if d != self.guess]))
 
@@ -92,7 +93,7 @@ class Script:
         call = call_text(*call_for(self.draft))
         if observation is None:
             thought = first_thought(self.draft.question.kind, answer, self.guess)
-            action = answer_text(self.guess or answer) if self.direct else call
+            action = answer_text(self.guess) if self.direct else call
             self.calls += not self.direct
             return turn(thought, action)
         if self._useless(observation) and self.calls < self.max_calls:

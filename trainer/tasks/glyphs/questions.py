@@ -24,8 +24,8 @@ class Kind:
 
 
 KINDS = {
-    "glyph_large": Kind(0.24, False, "clear at the model's resolution"),
-    "glyph_medium": Kind(0.12, True, "a guess is right about 60 % of the time, a crop 99 %"),
+    "glyph_large": Kind(0.20, False, "clear at the model's resolution"),
+    "glyph_medium": Kind(0.16, True, "a guess is right about 60 % of the time, a crop 99 %"),
     "glyph_small": Kind(0.12, True, "lost at the model's resolution; a crop shows it"),
     "sum_easy": Kind(0.16, False, "two one-digit numbers, known by heart"),
     "product_hard": Kind(0.12, True, "two two-digit numbers"),

@@ -15,7 +15,7 @@ from trainer.types import Observation, Session
 
 FAILURES = 0.06
 """Share of calls, of any tool, that come back with an error although nothing was wrong."""
-DISTRACTIONS = 0.05
+DISTRACTIONS = 0.08
 """Share of searches that come back with something else than what was asked for."""
 
 
