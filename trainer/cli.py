@@ -96,12 +96,11 @@ class Program:
         from transformers.utils import logging as transformers_logging
 
         from trainer.engines.hf import HFEngine
-        from trainer.model import VisionLanguageModel, keep_freed_memory
+        from trainer.model import VisionLanguageModel
         from trainer.rollout import Limits, Player
         from trainer.tasks import load_task
 
         transformers_logging.disable_progress_bar()
-        keep_freed_memory()
         torch.manual_seed(config.seed)
         self.config, self.folder, self.log, self.stopping = config, folder, log, stopping
         self.task = load_task(config.task)

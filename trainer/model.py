@@ -7,7 +7,6 @@ is not needed.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,20 +151,6 @@ def check_path(path: str | Path) -> None:
     hub_name = str(path).count("/") == 1 and not folder.parent.exists()
     if local and not hub_name and not (folder / "config.json").exists():
         raise FileNotFoundError(f"no model at {path}: there is no config.json in such a folder")
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed. A training step on a CPU frees and takes the same large
-    blocks over and over; by default each goes back to the kernel and is faulted in again, page by
-    page. Without glibc this does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    m_trim_threshold, m_mmap_threshold, gigabyte = -1, -3, 1 << 30
-    mallopt(m_mmap_threshold, gigabyte)
-    mallopt(m_trim_threshold, 2 * gigabyte - 1)
 
 
 def hidden_states(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -33,8 +33,8 @@ def demonstrate(
     log: RunLog,
     stopping: Callable[[], bool],
 ) -> list[Rollout]:
-    """Plays the demonstrations against the real tools; those that came out wrong are dropped, and
-    the number of them is logged."""
+    """Plays the demonstrations against the real tools. Those are dropped, and counted, in which the
+    tool told something else than the answer: they would teach not to believe it."""
     questions, scripts = task.demonstrations(seed, config.demonstrations, config.direct_share)
     rollouts: list[Rollout] = []
     with log.progress("demonstrations", len(questions)) as bar:
@@ -44,14 +44,18 @@ def demonstrate(
             part = slice(start, start + _PLAYED_AT_ONCE)
             rollouts += player.demonstrate(questions[part], scripts[part])
             bar.advance(len(questions[part]))
-    # A guess that was wrong is kept: it is what the policy must learn to look behind.
-    kept = [r for r in rollouts if r.scored and r.formatted]
+    kept = [r for r in rollouts if r.scored and r.formatted and not _contradicted(r)]
     called = sum(r.calls > 0 for r in kept) / max(len(kept), 1)
     log.say(
         f"{len(kept)} demonstrations, {len(rollouts) - len(kept)} dropped, "
         f"{called:.1%} of them with a tool call"
     )
     return kept
+
+
+def _contradicted(rollout: Rollout) -> bool:
+    last = [turn.observation for turn in rollout.turns if turn.observation is not None]
+    return bool(last and last[-1].text and rollout.question.answer not in last[-1].text)
 
 
 def sft(

@@ -81,16 +81,15 @@ def test_the_tool_tells_the_answer(toolbox, kind, run):
         assert last.endswith(f"<answer>{one.question.answer}</answer>")
 
 
-def test_a_script_calls_again_when_the_tool_was_busy_or_wrong():
+def test_a_script_calls_again_when_the_tool_was_busy():
     one = draft("train", 3, "fact_search")
     script = Script(one, np.random.default_rng(0))
     script.next_turn(None)
     busy = Observation("Error: the tool is busy, try again.", status="tool_error")
-    assert find_call("".join(t for t, _ in script.next_turn(busy)))
-    other = Observation('1. "Beacon 0 shines Red."')
-    assert find_call("".join(t for t, _ in script.next_turn(other)))
+    for _ in range(2):
+        assert find_call("".join(t for t, _ in script.next_turn(busy)))
     assert script.calls == 3
-    last = "".join(t for t, _ in script.next_turn(other))
+    last = "".join(t for t, _ in script.next_turn(busy))
     assert find_call(last) is None
 
 
@@ -107,24 +106,39 @@ def test_a_wrong_guess_is_context_and_a_right_one_a_lesson():
     assert 45 < right < 75
 
 
-def test_unreliable_tools_fail_and_mislead_at_the_stated_rates(run):
-    def echo(query: str) -> str:
-        """Say it again.
+@pytest.mark.parametrize(
+    "said", ["7", "1776", '1. "Beacon 12 shines Red."', '1. "Emblem of Hale."']
+)
+def test_unreliable_tools_fail_and_mislead_at_the_stated_rates(run, said):
+    def tell() -> str:
+        """Say it."""
+        return said
 
-        Args:
-            query: what to say
-        """
-        return query
+    tool = tools.Unreliable(FunctionTool(tell), failures=0.25, distractions=0.25)
 
-    tool = tools.Unreliable(FunctionTool(echo), failures=0.25)
-    seen = [
-        run(tool.call(Session([], seed=seed, calls=1), query="x")).status for seed in range(400)
-    ]
-    assert 0.18 < seen.count("tool_error") / len(seen) < 0.32
-    again = [
-        run(tool.call(Session([], seed=seed, calls=1), query="x")).status for seed in range(400)
-    ]
-    assert seen == again
+    def play():
+        return [run(tool.call(Session([], seed=seed, calls=1))) for seed in range(400)]
+
+    seen = play()
+    failed = sum(one.status == "tool_error" for one in seen)
+    wrong = [one.text for one in seen if one.status == "ok" and one.text != said]
+    assert 0.18 < failed / 400 < 0.32 and 0.18 < len(wrong) / 400 < 0.32
+    assert {len(text) for text in wrong} == {len(said)} or not said.isdigit()
+    assert seen == play(), "luck is a function of the seed and the number of the call"
+
+
+def test_a_demonstration_that_its_tool_contradicts_is_no_lesson():
+    from trainer.sft import _contradicted
+    from trainer.types import Question, Rollout, Turn
+
+    def played(text):
+        question = Question("q", "k", "?", (), "Red")
+        turns = [Turn("call", None, Observation(text)), Turn("answer")]
+        return Rollout(question, 0, [], [], [], [], 0, turns)
+
+    assert _contradicted(played('1. "Beacon 12 shines Blue."'))
+    assert not _contradicted(played('1. "Beacon 12 shines Red."'))
+    assert not _contradicted(played("")), "a picture"
 
 
 def test_demonstrations_nearly_always_call():

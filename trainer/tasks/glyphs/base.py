@@ -22,7 +22,7 @@ from PIL.Image import Image
 from metis_kernels import linear_cross_entropy
 from trainer.batch import collate
 from trainer.chat import find_call, system_prompt, turn_text
-from trainer.model import IMAGE_TOKEN, VisionLanguageModel, keep_freed_memory, optimizer_step
+from trainer.model import IMAGE_TOKEN, VisionLanguageModel, optimizer_step
 from trainer.tasks.glyphs import scene, tools
 from trainer.tasks.glyphs.demonstrations import Script
 from trainer.tasks.glyphs.questions import BOARD_SHARES, draft
@@ -378,7 +378,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    keep_freed_memory()
     torch.manual_seed(args.seed)
     box = tools.toolbox(failures=0.05, distractions=0.05)
     vlm = new_model(learn_tokenizer(texts_of_the_task(box, 1000), VOCABULARY))

@@ -96,14 +96,7 @@ class Script:
             action = answer_text(self.guess) if self.direct else call
             self.calls += not self.direct
             return turn(thought, action)
-        if self._useless(observation) and self.calls < self.max_calls:
+        if observation.status != "ok" and self.calls < self.max_calls:
             self.calls += 1
             return turn([("That did not help.", True)], call)
         return turn([("Now I know.", True)], answer_text(answer))
-
-    def _useless(self, observation: Observation) -> bool:
-        if observation.status != "ok":
-            return True
-        if self.draft.question.kind in ("fact_known", "fact_search"):
-            return f"Beacon {self.draft.fact} " not in observation.text
-        return False

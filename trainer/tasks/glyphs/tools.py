@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 
 from trainer.tasks.glyphs import scene
-from trainer.tasks.glyphs.world import emblem_note, world
+from trainer.tasks.glyphs.world import COLOURS, OWNERS, emblem_note, world
 from trainer.tools import ImageSearch, PythonTool, TextSearch, Tool, Toolbox
 from trainer.tools.protocol import spec_of
-from trainer.tools.text_search import numbered
 from trainer.types import Observation, Session
 
 FAILURES = 0.06
 """Share of calls, of any tool, that come back with an error although nothing was wrong."""
-DISTRACTIONS = 0.08
-"""Share of searches that come back with something else than what was asked for."""
+DISTRACTIONS = 0.10
+"""Share of calls whose text is wrong: an outdated passage, a stale number. Pictures are not."""
 
 
 class Unreliable:
-    """A tool whose calls sometimes fail and whose searches sometimes mislead.
+    """A tool whose calls sometimes fail and whose text sometimes misleads.
 
     Which of them is a pure function of the trajectory's seed and of the number of the call.
     """
@@ -37,17 +37,28 @@ class Unreliable:
         luck = rng.random()
         if luck < self.failures:
             return Observation("Error: the tool is busy, try again.", status="tool_error")
-        if luck < self.failures + self.distractions:
-            if isinstance(self.tool, TextSearch):
-                return Observation(numbered([str(rng.choice(world().corpus))]))
-            if isinstance(self.tool, ImageSearch):
-                return Observation(numbered([emblem_note(str(rng.choice(world().owner)))]))
-        return await self.tool.call(session, **arguments)
+        observation = await self.tool.call(session, **arguments)
+        if luck < self.failures + self.distractions and observation.status == "ok":
+            return replace(observation, text=_misled(observation.text, rng))
+        return observation
 
     async def close(self) -> None:
         closing = self.tool.close() if hasattr(self.tool, "close") else None
         if inspect.isawaitable(closing):
             await closing
+
+
+def _misled(text: str, rng: np.random.Generator) -> str:
+    """The text with another colour or owner in it; of a number, another of as many digits."""
+    for names in (COLOURS, OWNERS):
+        for name in names:
+            if name in text:
+                return text.replace(name, str(rng.choice([n for n in names if n != name])))
+    if not text.isdigit():
+        return text
+    low = 10 ** (len(text) - 1) if len(text) > 1 else 0
+    number = low + int(rng.integers(9 * max(low, 1)))
+    return str(number if str(number) != text else low)
 
 
 def toolbox(failures: float = FAILURES, distractions: float = DISTRACTIONS) -> Toolbox:
