@@ -119,7 +119,7 @@ def test_limits_truncate(vlm, player):
     player.limits, before = Limits(max_turns=2), player.limits
     try:
         (many,) = player.play(Scripted(vlm, call, call), [_question()], [0])
-        player.limits = Limits(max_tokens=80)
+        player.limits = Limits(max_tokens=70)
         show = _call("python", code="image_1")
         (long,) = player.play(Scripted(vlm, show), [_question("glyph_small")], [0])
     finally:
