@@ -126,6 +126,12 @@ def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advant
     )
 
 
+_SUMMED = ("loss", "loss_acc", "loss_tool", "nonfinite_tokens", "active_tokens")
+_AVERAGED = ("clip_fraction_acc", "clip_fraction_tool", "approx_kl", "entropy")
+"""What an optimizer step is measured by, summed and averaged over its tokens that carry loss; all
+of it is 0 for a step in which no rollout carries any."""
+
+
 @dataclass
 class OptimizerBatch:
     """What one optimizer step is made of: the rollouts that carry gradient, and global counts."""
@@ -156,7 +162,7 @@ class OptimizerBatch:
     ) -> dict[str, Tensor]:
         """Accumulates the gradient of the whole batch -> its measures: sums of the losses, means
         over its tokens of the rest."""
-        totals: dict[str, Tensor] = {}
+        totals = dict.fromkeys(_SUMMED + _AVERAGED, torch.zeros(()))
         for number, part in enumerate(self.parts):
             batch = collate(vlm, [self.rollouts[i] for i in part])
             index = torch.tensor(part)[batch.sequence.cpu()]
@@ -179,17 +185,16 @@ class OptimizerBatch:
                 "loss": loss.detach(),
                 "loss_acc": stats.loss_acc,
                 "loss_tool": stats.loss_tool,
+                "nonfinite_tokens": stats.n_nonfinite,
+                "active_tokens": active,
                 "clip_fraction_acc": stats.clip_fraction_acc * active,
                 "clip_fraction_tool": stats.clip_fraction_tool * active,
                 "approx_kl": stats.approx_kl * active,
                 "entropy": stats.entropy.nansum(),
-                "nonfinite_tokens": stats.n_nonfinite,
-                "active_tokens": active,
             }
-            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-        for name in ("clip_fraction_acc", "clip_fraction_tool", "approx_kl", "entropy"):
-            if totals:
-                totals[name] = totals[name] / totals["active_tokens"].clamp_min(1)
+            totals = {name: totals[name] + sums[name].cpu() for name in totals}
+        for name in _AVERAGED:
+            totals[name] = totals[name] / totals["active_tokens"].clamp_min(1)
         totals["effective_tool_weight"] = config.w_tool * self.n_acc / self.n_tool.clamp_min(1)
         return totals
 

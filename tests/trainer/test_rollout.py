@@ -189,7 +189,7 @@ def test_the_sampled_logprobs_are_those_of_the_training_path(vlm, player):
     sampled = torch.tensor(
         [lp for r in rollouts for lp, mine in zip(r.logprob, r.policy, strict=True) if mine]
     )
-    assert len(sampled) == len(logprob) > 50
+    assert len(sampled) == len(logprob) > 30
     assert (sampled - logprob).abs().max() < 5e-3
 
 

@@ -126,12 +126,29 @@ def test_what_carries_no_gradient_is_left_out_but_counted():
         rollouts, group_advantages(rollouts, config), config, config.loss.hdpo(1.0)
     )
     assert batch.rollouts == loud
-    assert batch.n_acc == 8 * 4 and batch.n_tool == 3 * 4
+    assert batch.n_acc == 8 * 4 and batch.n_tool == (4 + 3) * 4
+    signal = _config("rl.loss.tool_norm=signal").loss.hdpo(1.0)
+    (batch,) = optimizer_batches(rollouts, group_advantages(rollouts, config), config, signal)
+    assert batch.n_tool == 3 * 4
     with_kl = _config("rl.loss.kl_coef=0.1")
     (batch,) = optimizer_batches(
         rollouts, group_advantages(rollouts, with_kl), with_kl, with_kl.loss.hdpo(1.0)
     )
     assert len(batch.rollouts) == 8
+
+
+def test_a_step_without_any_signal_moves_nothing(fresh_vlm):
+    rollouts = _group(*[(True, 1)] * 4)
+    config = _config()
+    loss = config.loss.hdpo(1.0)
+    (batch,) = optimizer_batches(rollouts, group_advantages(rollouts, config), config, loss)
+    assert batch.rollouts == [] and batch.parts == []
+    measures = batch.backward(fresh_vlm, loss)
+    assert measures["loss"] == measures["active_tokens"] == measures["approx_kl"] == 0
+    optimizer = torch.optim.AdamW(fresh_vlm.model.parameters(), 1e-3, weight_decay=0.0)
+    weights = {n: p.clone() for n, p in fresh_vlm.model.named_parameters()}
+    assert optimizer_step(fresh_vlm.model, optimizer, 1e-3, 1.0) == 0
+    assert all(torch.equal(p, weights[n]) for n, p in fresh_vlm.model.named_parameters())
 
 
 def test_what_could_not_be_scored_is_nowhere():
@@ -155,7 +172,9 @@ def test_a_truncated_rollout_is_wrong_and_never_qualifies():
 def _played(fresh_vlm, task, config, count=4):
     with Player(fresh_vlm, task.toolbox(), Limits()) as player:
         questions = [q for q in task.train(0, 0, count) for _ in range(config.group_size)]
-        return player.play(HFEngine(fresh_vlm), questions, range(len(questions)))
+        # Hot, so that the rollouts of a group differ and their gradients do not cancel.
+        engine = HFEngine(fresh_vlm, temperature=3.0)
+        return player.play(engine, questions, range(len(questions)))
 
 
 def _gradient(vlm):
@@ -170,7 +189,7 @@ def test_the_gradient_does_not_depend_on_the_cut(fresh_vlm, task):
     for rollout, correct in zip(rollouts, [True, False, True, True] * 4, strict=True):
         rollout.correct = correct  # the base model is wrong too often to compare anything
     rollouts[0].calls = 2
-    for tokens in (100_000, 250):
+    for tokens in (100_000, 150):
         config = _config("rl.loss.w_tool=0.5", f"rl.max_batch_tokens={tokens}")
         loss = config.loss.hdpo(1.0)
         (batch,) = optimizer_batches(rollouts, group_advantages(rollouts, config), config, loss)
@@ -179,7 +198,7 @@ def test_the_gradient_does_not_depend_on_the_cut(fresh_vlm, task):
         fresh_vlm.model.zero_grad()
     assert len(batch.parts) > 4
     whole, cut = gradients
-    assert whole.norm() > 0
+    assert whole.norm() > 1e-3
     assert (whole - cut).norm() / whole.norm() < 1e-4
 
 
