@@ -48,9 +48,7 @@ class Status:
     def __str__(self) -> str:
         cells = [("operator", "impl", "available", "reason")]
         for r in self.rows:
-            cells.append(
-                (r.operator, r.implementation, "yes" if r.available else "no", r.reason)
-            )
+            cells.append((r.operator, r.implementation, "yes" if r.available else "no", r.reason))
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()

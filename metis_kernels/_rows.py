@@ -90,8 +90,7 @@ class Wants:
 class Coefficient(Protocol):
     """Gradients of a loss with respect to logprob and entropy, for any slice of its S rows."""
 
-    def rows(self, start: int, stop: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        ...
+    def rows(self, start: int, stop: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -365,9 +364,7 @@ def recompute(
     chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`Recompute` on checked inputs."""
-    return Recompute.apply(
-        hidden, head.weight, head.bias, head, label, row, row_pass, chunk_bytes
-    )
+    return Recompute.apply(hidden, head.weight, head.bias, head, label, row, row_pass, chunk_bytes)
 
 
 def _tiles(count: int) -> int:

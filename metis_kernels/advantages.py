@@ -64,9 +64,7 @@ def hdpo_advantages_ref(
     n = group.numel()
     acc, tool = [0.0] * n, [0.0] * n
     for g in set(group.tolist()):
-        members = [
-            i for i in range(n) if group[i] == g and (scored is None or bool(scored[i]))
-        ]
+        members = [i for i in range(n) if group[i] == g and (scored is None or bool(scored[i]))]
         q = [i for i in members if correct[i] and not (truncated is not None and truncated[i])]
         for chosen, reward, out in ((members, acc_reward, acc), (q, tool_reward, tool)):
             r = [float(reward[i]) for i in chosen]
