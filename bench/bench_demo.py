@@ -1,10 +1,15 @@
 """The demo over several seeds, for the record: what the README says about it.
 
-    python -m bench.bench_demo --seeds 0 1 2      (about five minutes a seed on two cores)
+    python -m bench.bench_demo --seeds 0 1 2      (about six minutes a seed on two cores)
+    python -m bench.bench_demo --compare          (about forty minutes)
     python -m bench.render
 
 Runs `metis demo` as a user does and collects the summaries in bench/results/demo.json; the picture
 of the first seed becomes bench/results/demo.svg. Exits 1 where a seed misses a bar.
+
+--compare runs `metis demo --compare` instead, HDPO beside GRPO and a coupled reward from one cold
+start, and leaves bench/results/compare.json and bench/results/pareto.svg. Nothing is asked of it:
+whatever comes out is the result.
 """
 
 from __future__ import annotations
@@ -40,28 +45,43 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--compare", action="store_true", help="the arms instead of the seeds")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.compare:
+        return compare(args)
     summaries, missed = [], []
     for seed in args.seeds:
-        name = f"bench-demo-{seed}"
-        command = [sys.executable, "-m", "trainer", "demo", "--seed", str(seed), "--name", name]
-        command += ["--runs", str(args.runs), "--overwrite"]
-        subprocess.run(command, check=True)
-        folder = args.runs / name
+        folder = _demo(args.runs, f"bench-demo-{seed}", "--seed", str(seed))
         summary = json.loads((folder / "summary.json").read_text())
         summaries.append(summary)
         missed += [f"seed {seed}: {bar}" for bar in missed_bars(summary)]
         if seed == args.seeds[0]:
             subprocess.run([sys.executable, "-m", "trainer", "report", str(folder)], check=True)
-            args.out.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / "demo.svg", args.out / "demo.svg")
-    record = {
-        "machine": {"cores": os.cpu_count(), "processor": _processor()},
-        "runs": summaries,
-    }
-    (args.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    _write(args.out / "demo.json", {"runs": summaries})
     print("\n".join(missed) or f"every bar met by {len(summaries)} seeds")
     return 1 if missed else 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The arms from one cold start, that of the first seed."""
+    folder = _demo(args.runs, "bench-compare", "--compare", "--seed", str(args.seeds[0]))
+    _write(args.out / "compare.json", json.loads((folder / "compare.json").read_text()))
+    shutil.copy(folder / "pareto.svg", args.out / "pareto.svg")
+    return 0
+
+
+def _demo(runs: Path, name: str, *options: str) -> Path:
+    """`metis demo` -> its run folder."""
+    command = [sys.executable, "-m", "trainer", "demo", "--name", name, *options]
+    subprocess.run([*command, "--runs", str(runs), "--overwrite"], check=True)
+    return runs / name
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    machine = {"cores": os.cpu_count(), "processor": _processor()}
+    path.write_text(json.dumps({"machine": machine} | content, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -63,12 +63,37 @@ def demo(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compare(record: dict[str, Any]) -> str:
+    """HDPO beside the other arms: picture and table over seeds."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for entry in record["arms"]:
+        arms.setdefault(entry["name"], []).append(entry["final"])
+    start = record["arms"][0]["sft"]
+    columns = ("tool_rate", "redundant_rate", "missed_rate", "accuracy")
+    lines = [
+        "![Accuracy against tool rate, arm by arm](bench/results/pareto.svg)",
+        "",
+        f"One cold start, then seeds {', '.join(map(str, record['seeds']))} of each arm "
+        f"({start['needed_rate']:.0%} of the questions need a tool). Range over the seeds:",
+        "",
+        "| | tool rate | redundant calls | missed calls | accuracy | tool rate, `glyph_medium` "
+        "| accuracy, `glyph_medium` |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, finals in ({"cold start": [start]} | arms).items():
+        cells = [_spread([final[key] for final in finals], "{:.1%}") for key in columns]
+        medium = [final["by_kind"]["glyph_medium"] for final in finals]
+        cells += [_spread([m[key] for m in medium], "{:.0%}") for key in ("tool_rate", "accuracy")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _spread(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo}
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "compare": compare}
 
 
 def render(text: str) -> str:

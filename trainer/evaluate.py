@@ -1,6 +1,6 @@
 """Evaluation on held-out questions: accuracy, tool rate, and who called where it was needed.
 
-    metis eval runs/demo/final
+    metis eval model.path=runs/demo/final
 
 A total can hide that a tool was unlearned where it is needed, so every number also comes by kind.
 """

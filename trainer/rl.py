@@ -1,6 +1,6 @@
 """HDPO: rollouts with tools, two advantages, one update.
 
-    metis rl runs/demo/sft --name again
+    metis rl model.path=runs/demo/sft
 
 A step: play `prompts` questions `group_size` times each, score, normalise both channels within the
 groups, count the normalisers over the whole optimizer batch, and take the gradient of DESIGN's loss

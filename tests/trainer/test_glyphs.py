@@ -5,7 +5,7 @@ import pytest
 
 from trainer.chat import find_call
 from trainer.tasks import load_task
-from trainer.tasks.glyphs import scene, tools
+from trainer.tasks.glyphs import base, scene, tools
 from trainer.tasks.glyphs.demonstrations import Script, call_for
 from trainer.tasks.glyphs.questions import KINDS, draft
 from trainer.tasks.glyphs.world import BEACONS, OLD_BEACONS, split_of
@@ -152,3 +152,10 @@ def test_demonstrations_nearly_always_call():
 def test_an_unknown_task_is_named():
     with pytest.raises(ValueError, match="there is no task 'chess'"):
         load_task("chess")
+
+
+def test_the_base_model_has_the_tokenizer_that_its_recipe_makes(vlm):
+    """Whoever changes a prompt, a template or a wording has to make the base model again."""
+    made = base.learn_tokenizer(base.texts_of_the_task(tools.toolbox()), base.VOCABULARY)
+    assert made.get_vocab() == vlm.tokenizer.get_vocab()
+    assert made.chat_template == vlm.tokenizer.chat_template

@@ -13,6 +13,7 @@ import asyncio
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ from PIL.Image import Image
 from metis_kernels import linear_cross_entropy
 from trainer.batch import collate
 from trainer.chat import find_call, system_prompt, turn_text
+from trainer.engines.hf import HFEngine
 from trainer.model import IMAGE_TOKEN, VisionLanguageModel, optimizer_step
+from trainer.rollout import Player
 from trainer.tasks.glyphs import scene, tools
-from trainer.tasks.glyphs.demonstrations import Script
-from trainer.tasks.glyphs.questions import BOARD_SHARES, draft
+from trainer.tasks.glyphs.demonstrations import Script, first_thought
+from trainer.tasks.glyphs.questions import BOARD_SHARES, KINDS, draft
 from trainer.tasks.glyphs.world import (
     BEACONS,
     COLOURS,
@@ -38,7 +41,7 @@ from trainer.tasks.glyphs.world import (
 )
 from trainer.tools import Toolbox
 from trainer.tools.text_search import numbered
-from trainer.types import Question, Rollout, Session
+from trainer.types import Question, Rollout, Session, TrainingError
 
 FOLDER = Path(__file__).parent / "base"
 SPECIAL = (
@@ -112,7 +115,7 @@ def learn_tokenizer(texts: list[str], size: int):
     )
 
 
-def texts_of_the_task(toolbox: Toolbox, count: int = 2000) -> list[str]:
+def texts_of_the_task(toolbox: Toolbox, count: int = 1000) -> list[str]:
     """What stands between special tokens in this task: prompts, turns, lessons, and what the real
     tools answer."""
     return asyncio.run(_texts(toolbox, count))
@@ -288,12 +291,9 @@ def _lesson(rng: np.random.Generator, board: scene.Board | None) -> tuple[str, s
 
 
 def _direct(kind: str, answer: str) -> str:
-    """An answer from sight, arithmetic or memory, in words that say how sure it is."""
-    if kind in ("glyph_large", "sum_easy", "fact_known"):
-        return turn_text(f"It is {answer}.", answer=answer)
-    if kind == "glyph_medium":
-        return turn_text(f"It may be {answer}.", answer=answer)
-    return turn_text("I do not know.", answer="unknown")
+    """An answer from sight, arithmetic or memory, in the words that the cold start uses too."""
+    thought = "".join(text for text, _ in first_thought(kind, answer, answer))
+    return turn_text(thought, answer="unknown" if thought == "I do not know." else answer)
 
 
 def _told(rng: np.random.Generator) -> tuple[str, str]:
@@ -351,39 +351,75 @@ def encode_lesson(vlm: VisionLanguageModel, image: Image, turns: list[tuple[str,
     return Rollout(question, 0, ids, trained, [0.0] * len(ids), [image], 0)
 
 
+WARMUP, COOLDOWN = 50, 100
+"""Steps over which the learning rate rises at first, and falls at the end."""
+
+
 def pretrain(
-    vlm: VisionLanguageModel, out: Path, steps: int, batch: int, lr: float, seed: int
+    vlm: VisionLanguageModel, guess: float, steps: int, batch: int, lr: float, seed: int
 ) -> None:
+    """Trains until medium digits are read right by itself in a share of `guess`, then lets the rate
+    fall: the end is a skill and not a step, for at which step a model learns to see is luck.
+
+    Raises TrainingError where that has not come about after `steps`.
+    """
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warm, start = 50, time.time()
+    start, last = time.time(), None
     vlm.model.train()
     for step in range(1, steps + 1):
         one = collate(vlm, [encode_lesson(vlm, *lesson_turns(rng)) for _ in range(batch)])
         loss = linear_cross_entropy(one.hidden(vlm.model), vlm.head, one.label, one.row)
         loss.backward()
-        now = lr * min(1.0, step / warm) * (1 - 0.95 * step / steps)
-        optimizer_step(vlm.model, optimizer, now, 1.0)
+        left = 1.0 if last is None else 0.05 + 0.95 * (last - step) / COOLDOWN
+        optimizer_step(vlm.model, optimizer, lr * min(1.0, step / WARMUP) * left, 1.0)
         if step % 25 == 0:
-            print(f"{step} loss {loss.item():.3f} {time.time() - start:.0f} s", flush=True)
-        if step % 100 == 0 or step == steps:
-            vlm.save(out, dtype=torch.bfloat16)
+            right = right_by_itself(vlm)["glyph_medium"]
+            print(
+                f"{step} loss {loss.item():.3f}, medium digits {right:.0%}, "
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
+            if last is None and right >= guess:
+                last = step + COOLDOWN
+        if step == last:
+            return
+    raise TrainingError(
+        f"after {steps} steps medium digits are not read right in {guess:.0%} of cases: "
+        "try another --seed"
+    )
+
+
+def right_by_itself(
+    vlm: VisionLanguageModel, kinds: Sequence[str] = ("glyph_medium",), count: int = 100
+) -> dict[str, float]:
+    """Share of right answers without tools, by kind of question."""
+    shares = {}
+    with Player(vlm, None) as player:
+        for kind in kinds:
+            questions = [draft("heldout", n, kind).question for n in range(count)]
+            rollouts = player.play(HFEngine(vlm, temperature=0), questions, range(count))
+            shares[kind] = sum(rollout.correct for rollout in rollouts) / count
+    return shares
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--guess", type=float, default=0.5, help="skill that ends it; see pretrain")
+    parser.add_argument("--steps", type=int, default=1500, help="at most")
     parser.add_argument("--batch", type=int, default=64, help="lessons a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    box = tools.toolbox(failures=0.05, distractions=0.05)
-    vlm = new_model(learn_tokenizer(texts_of_the_task(box, 1000), VOCABULARY))
+    vlm = new_model(learn_tokenizer(texts_of_the_task(tools.toolbox()), VOCABULARY))
     count = sum(weight.numel() for weight in vlm.model.parameters())
     print(f"{count / 1e6:.2f} million parameters, {len(vlm.tokenizer)} tokens")
-    pretrain(vlm, args.out, args.steps, args.batch, args.lr, args.seed)
+    pretrain(vlm, args.guess, args.steps, args.batch, args.lr, args.seed)
+    vlm.save(args.out, dtype=torch.bfloat16)
+    for kind, share in right_by_itself(vlm, list(KINDS)).items():
+        print(f"{kind:13} {share:.0%} right by itself")
 
 
 if __name__ == "__main__":
