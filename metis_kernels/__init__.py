@@ -1,6 +1,6 @@
 """metis-kernels: fused operators for HDPO, reinforcement learning of agents that use tools.
 
-Importing it imports torch and nothing else, and touches no device.
+Importing it imports torch (and triton where there is one), and touches no device.
 """
 
 from importlib import metadata

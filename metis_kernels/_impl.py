@@ -15,6 +15,8 @@ import torch
 
 IMPLEMENTATIONS = ("triton", "cpp", "torch")
 """In the order in which "auto" prefers them."""
+CPU_IMPLEMENTATIONS = ("cpp", "torch")
+"""The same on a CPU, where Triton is its interpreter: for tests, and only when it is named."""
 
 _log = logging.getLogger("metis_kernels")
 _registry: dict[str, dict[str, _Entry]] = {}
@@ -24,7 +26,7 @@ _announced: set[tuple[str, str, str]] = set()
 @dataclass(frozen=True)
 class _Entry:
     function: Callable[..., Any]
-    unavailable: Callable[[torch.device], str | None]
+    unavailable: Callable[[torch.device, torch.dtype | None], str | None]
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,23 @@ def register(
     operator: str,
     implementation: str,
     function: Callable[..., Any],
-    unavailable: Callable[[torch.device], str | None] = lambda device: None,
+    unavailable: Callable[[torch.device, torch.dtype | None], str | None] = lambda *_: None,
 ) -> None:
-    """Adds (or replaces) an implementation. unavailable(device) gives the reason, or None."""
+    """Adds (or replaces) an implementation. unavailable(device, dtype) gives the reason, or None;
+    a dtype of None asks about the device alone."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     _registry.setdefault(operator, {})[implementation] = _Entry(function, unavailable)
 
 
 def unavailable_reason(
-    operator: str, implementation: str, device: torch.device | str | None = None
+    operator: str,
+    implementation: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str | None:
-    """Why an implementation cannot run on device (default: the one that this machine would use), or
-    None where it can. Raises ValueError for names that do not exist."""
+    """Why an implementation cannot run on device (default: the one that this machine would use) and
+    dtype, or None where it can. Raises ValueError for names that do not exist."""
     if operator not in _registry:
         raise ValueError(f"operator must be one of {tuple(_registry)}, got {operator!r}")
     if implementation not in IMPLEMENTATIONS:
@@ -81,37 +87,47 @@ def unavailable_reason(
     entry = _registry[operator].get(implementation)
     if entry is None:
         return "not built: this version has no such implementation of the operator"
-    return entry.unavailable(_device(device))
+    return entry.unavailable(_device(device), dtype)
 
 
-def resolve(operator: str, impl: str = "auto", device: torch.device | str | None = None) -> str:
+def resolve(
+    operator: str,
+    impl: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
     """The name of the implementation to run.
 
-    "auto" takes the first available of IMPLEMENTATIONS and logs its choice once per process,
-    operator and kind of device. A named one is returned, or RuntimeError says why it cannot run.
+    "auto" takes the first available of IMPLEMENTATIONS (on a CPU of CPU_IMPLEMENTATIONS) and logs
+    its choice once per process, operator and kind of device. A named one is returned, or
+    RuntimeError says why it cannot run.
     """
+    where = _device(device)
     if impl != "auto":
-        reason = unavailable_reason(operator, impl, device)
+        reason = unavailable_reason(operator, impl, where, dtype)
         if reason is not None:
-            where = _device(device)
             raise RuntimeError(f'{operator}: impl="{impl}" cannot run on {where}: {reason}')
         return impl
-    reasons = {name: unavailable_reason(operator, name, device) for name in IMPLEMENTATIONS}
+    names = CPU_IMPLEMENTATIONS if where.type == "cpu" else IMPLEMENTATIONS
+    reasons = {name: unavailable_reason(operator, name, where, dtype) for name in names}
     for name, reason in reasons.items():
         if reason is None:
-            key = (operator, name, _device(device).type)
+            key = (operator, name, where.type)
             if key not in _announced:
                 _announced.add(key)
                 _log.info("%s on %s: impl=auto chose %s", operator, key[2], name)
             return name
-    raise RuntimeError(f"{operator} has no implementation for {_device(device)}: {reasons}")
+    raise RuntimeError(f"{operator} has no implementation for {where}: {reasons}")
 
 
 def implementation(
-    operator: str, impl: str = "auto", device: torch.device | str | None = None
+    operator: str,
+    impl: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Callable[..., Any]:
     """The function that `resolve` names."""
-    return _registry[operator][resolve(operator, impl, device)].function
+    return _registry[operator][resolve(operator, impl, device, dtype)].function
 
 
 def status(device: torch.device | str | None = None) -> Status:

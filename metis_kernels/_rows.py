@@ -11,7 +11,7 @@ An implementation swaps the row pass and nothing else; `row_pass_torch` below is
 Legend: S tokens, T rows of hidden, H hidden, V vocabulary, C rows of a chunk; "work" is the dtype
 of sums: float64 for float64 inputs, else float32. A leaf: it imports torch and hdpo's helpers.
 
-A row pass is called as f(logits, target, label, head, coefficient) -> (logprob, entropy):
+A `RowPass` runs as f(logits, target, label, head, coefficient) -> (logprob, entropy):
 
     logits [C, V]     the raw products in head.logits_dtype; holds d(logits) afterwards
     target [C]        the label's raw logit, an fp32 dot product; it stands in for logits[c, label]
@@ -26,14 +26,15 @@ zeros in its row of d(logits).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from metis_kernels.hdpo import check_range
+from metis_kernels import _impl
+from metis_kernels.hdpo import HDPOConfig, HDPOTargets, check_range, hdpo_coefficient
 
 ROW_TILE = 16
 """Rows that go to a matrix product are padded to a multiple of this. BLAS switches algorithm (and
@@ -67,16 +68,12 @@ class Head:
         return torch.promote_types(self.weight.dtype, self.logits_dtype or self.weight.dtype)
 
 
-@dataclass(frozen=True)
-class Wants:
+class Wants(NamedTuple):
     """Which gradients somebody waits for."""
 
     hidden: bool = False
     weight: bool = False
     bias: bool = False
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
 
     @classmethod
     def of(cls, hidden: Tensor, head: Head) -> Wants:
@@ -106,16 +103,45 @@ class Given:
         h = self.entropy_grad
         return Given(self.logprob_grad[start:stop], None if h is None else h[start:stop])
 
+    def take(self, index: Tensor) -> Given:
+        h = self.entropy_grad
+        return Given(self.logprob_grad[index], None if h is None else h[index])
+
     def __call__(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.logprob_grad, self.entropy_grad
 
 
+@dataclass(frozen=True)
+class HDPOCoefficient:
+    """The `Coefficient` of the HDPO loss: dL/dlogprob and dL/dentropy of any slice of its tokens.
+
+    A row pass may call it, or read its fields and do the same arithmetic itself.
+    """
+
+    targets: HDPOTargets
+    config: HDPOConfig
+
+    def rows(self, start: int, stop: int) -> HDPOCoefficient:
+        index = torch.arange(start, stop, device=self.targets.acc_advantage.device)
+        return replace(self, targets=self.targets.take(index))
+
+    def __call__(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        return hdpo_coefficient(logprob, self.targets, self.config, entropy)
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""d_hidden [T, H], d_weight [V, H], d_bias [V] in the dtype of what they belong to, or None."""
+"""d_hidden [T, H], d_weight [V, H], d_bias [V] in work dtype, or None: rounded once, at the end."""
 
 
-def check_head(hidden: Tensor, head: Head, label: Tensor, row: Tensor | None) -> None:
-    """Raises ValueError unless hidden [T, H], weight [V, H], bias [V], label [S], row [S] agree."""
+def check_head(
+    hidden: Tensor,
+    head: Head,
+    label: Tensor,
+    row: Tensor | None,
+    ignored: int | None = None,
+) -> None:
+    """Raises ValueError unless hidden [T, H], weight [V, H], bias [V], label [S], row [S] agree. A
+    label of `ignored` is in range."""
     weight = head.weight
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -159,6 +185,8 @@ def check_head(hidden: Tensor, head: Head, label: Tensor, row: Tensor | None) ->
     for name, value in (("label", label), ("row", row)):
         if value is not None and (value.dtype == torch.bool or value.is_floating_point()):
             raise ValueError(f"expected {name} in an integer dtype, got {value.dtype}")
+    if ignored is not None and label.device.type == "cpu":
+        label = torch.where(label == ignored, 0, label)
     check_range("label", label, weight.shape[0], "entries of the vocabulary")
     check_range("row", row, hidden.shape[0], "rows of hidden")
 
@@ -172,21 +200,38 @@ def flatten_batch(hidden: Tensor, label: Tensor, row: Tensor | None) -> tuple[Te
     return hidden, label
 
 
-def chunk_rows(count: int, head: Head, chunk_bytes: int | None) -> int:
+@dataclass(frozen=True)
+class RowPass:
+    """An implementation of the row pass; the module's docstring has its contract."""
+
+    run: Callable[..., tuple[Tensor, Tensor]]
+    copies: int
+    """Copies of a chunk in work dtype that it makes beside the logits."""
+
+
+GOOD_ROWS = 2048
+"""Rows of a chunk from which products are bound by arithmetic: below, reading the weight and adding
+to its gradient is what they wait for."""
+
+
+def chunk_rows(count: int, head: Head, chunk_bytes: int | None, copies: int = 2) -> int:
     """Rows per chunk, a multiple of ROW_TILE, such that what the row pass holds fits chunk_bytes.
 
-    At least one tile, even where that is more. Default budget: 128 MiB on the CPU; 1 GiB on a GPU,
-    where fewer, larger products run nearer to peak (a chunk under 2048 rows is bound by the traffic
-    of the weight and its gradient).
+    At least one tile, even where that is more; chunks of nearly one size. Default budget: 128 MiB
+    on the CPU; on a GPU 1 GiB, or GOOD_ROWS rows where a quarter of the free memory holds them.
     """
-    if chunk_bytes is None:
-        chunk_bytes = (1 << 30) if head.weight.is_cuda else (1 << 27)
+    per_row = head.weight.shape[0] * (head.dtype.itemsize + copies * head.work_dtype.itemsize)
+    if chunk_bytes is None and head.weight.is_cuda:
+        free, _ = torch.cuda.mem_get_info(head.weight.device)
+        chunk_bytes = max(1 << 30, min(GOOD_ROWS * per_row, free // 4))
+    elif chunk_bytes is None:
+        chunk_bytes = 1 << 27
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
-    work = head.work_dtype.itemsize
-    per_row = head.weight.shape[0] * (head.dtype.itemsize + 2 * work)
-    fits = max(chunk_bytes // per_row // ROW_TILE, 1) * ROW_TILE
-    return min(fits, _tiles(count))
+    fits = max(chunk_bytes // per_row // ROW_TILE, 1)
+    tiles = _tiles(count) // ROW_TILE
+    chunks = max(-(-tiles // fits), 1)
+    return -(-tiles // chunks) * ROW_TILE
 
 
 @torch.no_grad()
@@ -197,44 +242,44 @@ def sweep(
     row: Tensor | None,
     coefficient: Coefficient | None,
     wants: Wants,
-    row_pass: Callable,
+    row_pass: RowPass,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(logprob [S], entropy [S], gradients) of S tokens; the module's docstring is the algorithm.
 
     Inputs have passed `check_head`. Rows that repeat are summed, gradients accumulated in work
-    dtype and rounded once, chunks visited in order: the same bits at every run.
+    dtype, chunks visited in order: the same bits at every run.
     """
     count, (vocab, _) = label.numel(), head.weight.shape
-    work = head.work_dtype
-    logprob, entropy = (torch.empty(count, dtype=work, device=hidden.device) for _ in range(2))
-
-    def buffer(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.zeros(shape, dtype=work, device=hidden.device) if wanted else None
-
-    d_hidden = buffer(wants.hidden, *hidden.shape)
-    d_weight = buffer(wants.weight, *head.weight.shape)
-    d_bias = buffer(wants.bias, vocab)
+    work, device = head.work_dtype, hidden.device
+    logprob, entropy = (torch.empty(count, dtype=work, device=device) for _ in range(2))
+    if not any(wants):
+        coefficient = None
+    # What the first chunk writes needs no zeros; without a chunk there is nobody to write.
+    fresh = torch.empty if count else torch.zeros
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=work) if wants.hidden else None
+    d_weight = fresh(head.weight.shape, dtype=work, device=device) if wants.weight else None
+    d_bias = hidden.new_zeros(vocab, dtype=work) if wants.bias else None
     # Under autocast every product below would be cast down behind our back.
-    with torch.autocast(hidden.device.type, enabled=False):
-        size = chunk_rows(count, head, chunk_bytes)
+    with torch.autocast(device.type, enabled=False):
+        size = chunk_rows(count, head, chunk_bytes, row_pass.copies)
         # fp32 logits of bf16 operands: cuBLAS writes them directly, elsewhere the operands widen.
         widen = head.dtype != hidden.dtype and not hidden.is_cuda
         weight = head.weight.to(head.dtype) if widen else head.weight
-        logits_buffer = torch.empty(size, vocab, dtype=head.dtype, device=hidden.device)
+        logits_buffer = torch.empty(size, vocab, dtype=head.dtype, device=device)
         for start in range(0, count, max(size, 1)):
             stop = min(start + size, count)
             part, n = slice(start, stop), stop - start
-            index = torch.arange(start, stop, device=hidden.device) if row is None else row[part]
+            index = torch.arange(start, stop, device=device) if row is None else row[part]
             rows = _gather(hidden, index)
             target = _target_logit(rows[:n], head, label[part])
             rows = rows.to(weight.dtype)
             logits = logits_buffer[: len(rows)]
             _project(logits, rows, weight, head.bias)
-            chunk = None if coefficient is None or not wants else coefficient.rows(start, stop)
-            lp, en = row_pass(logits[:n], target, label[part].long(), head, chunk)
+            chunk = None if coefficient is None else coefficient.rows(start, stop)
+            lp, en = row_pass.run(logits[:n], target, label[part].long(), head, chunk)
             logprob[part], entropy[part] = lp, en
-            if not wants:
+            if not any(wants):
                 continue
             d_logits = logits.to(weight.dtype)
             if wants.hidden:
@@ -242,11 +287,10 @@ def sweep(
             if wants.weight:
                 # The row of a broken hidden state is all zero in d_logits, but 0 * NaN is NaN.
                 sound = torch.where(torch.isfinite(lp).unsqueeze(1), rows[:n], 0)
-                _add_outer(d_weight, d_logits[:n], sound)
+                _add_outer(d_weight, d_logits[:n], sound, first=start == 0)
             if wants.bias:
                 d_bias += logits[:n].sum(0, dtype=work)
-    grads = tuple(None if g is None else g.to(hidden.dtype) for g in (d_hidden, d_weight, d_bias))
-    return logprob, entropy, grads
+    return logprob, entropy, (d_hidden, d_weight, d_bias)
 
 
 def row_pass_torch(
@@ -303,56 +347,116 @@ def row_pass_torch(
     return logprob, entropy
 
 
+TORCH = RowPass(row_pass_torch, copies=2)
+
+
 class GradientInForward(torch.autograd.Function):
     """Hangs gradients that the forward has already computed onto a loss.
 
-    Backward multiplies them with the upstream gradient and does nothing else.
+    Backward multiplies them with the upstream gradient and rounds them, in one pass.
     """
 
     @staticmethod
     def forward(ctx, loss, hidden, weight, bias, d_hidden, d_weight, d_bias):
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtype = hidden.dtype
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        scaled = (None if g is None else g * upstream for g in ctx.saved_tensors)
+        scaled = (_rounded(g, ctx.dtype, upstream) for g in ctx.saved_tensors)
         return None, *scaled, None, None, None
+
+
+def run_row_sweep(
+    hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
+    logits_dtype, wants, operator, impl, chunk_bytes,
+):  # fmt: skip
+    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `sweep` with gradients [S] that are
+    known beforehand, over the tokens whose label is not `ignored`; the others have zeros.
+    `row_sweep` is it as one opaque operator, so that a compiled caller sees no chunks. A gradient
+    that nobody wants is empty.
+    """
+    count, real = label.numel(), None
+    if ignored is not None:
+        real = (label != ignored).nonzero().flatten()
+        if len(real) < count:
+            row = real if row is None else row.index_select(0, real)
+            label = label.index_select(0, real)
+    given = None if logprob_grad is None else Given(logprob_grad, entropy_grad)
+    if given is not None and real is not None and len(real) < count:
+        given = given.take(real)
+    logprob, entropy, grads = sweep(
+        hidden,
+        Head(weight, bias, temperature, softcap, logits_dtype),
+        label,
+        row,
+        given,
+        Wants(*wants),
+        _impl.implementation(operator, impl, hidden.device, hidden.dtype),
+        chunk_bytes,
+    )
+    if real is not None and len(real) < count:
+        logprob, entropy = (x.new_zeros(count).index_copy(0, real, x) for x in (logprob, entropy))
+    return logprob, entropy, *(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+row_sweep = torch.library.custom_op(
+    "metis_kernels::row_sweep",
+    run_row_sweep,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? row, Tensor label, "
+    "Tensor? logprob_grad, Tensor? entropy_grad, int? ignored, float temperature, float? softcap, "
+    "ScalarType? logits_dtype, bool[] wants, str operator, str impl, int? chunk_bytes) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def fake_sweep(
+    hidden: Tensor, weight: Tensor, label: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What a sweep's operator returns, by shape and dtype."""
+    work = torch.promote_types(weight.dtype, torch.float32)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    gradients = (
+        hidden.new_empty(shape, dtype=work) if wanted else hidden.new_empty(0)
+        for shape, wanted in zip(shapes, wants, strict=True)
+    )
+    return *(hidden.new_empty(label.shape, dtype=work) for _ in range(2)), *gradients
+
+
+@row_sweep.register_fake
+def _(hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
+      logits_dtype, wants, operator, impl, chunk_bytes):  # fmt: skip
+    return fake_sweep(hidden, weight, label, wants)
 
 
 class Recompute(torch.autograd.Function):
     """(logprob [S], entropy [S]) with logits in neither forward's nor backward's memory."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, label, row, row_pass, chunk_bytes):
-        ctx.save_for_backward(hidden, weight, bias, label, row)
-        # The options alone: the tensors of head go through save_for_backward.
-        ctx.options = (head.temperature, head.softcap, head.logits_dtype)
-        ctx.row_pass, ctx.chunk_bytes = row_pass, chunk_bytes
+    def forward(ctx, hidden, weight, bias, row, label, options):
+        ctx.save_for_backward(hidden, weight, bias, row, label)
+        ctx.options = options
         ctx.set_materialize_grads(False)
-        logprob, entropy, _ = sweep(hidden, head, label, row, None, Wants(), row_pass, chunk_bytes)
+        given = (hidden, weight, bias, row, label, None, None, None)
+        logprob, entropy, *_ = row_sweep(*given, *options[:3], [False] * 3, *options[3:])
         return logprob, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_logprob, d_entropy):
-        hidden, weight, bias, label, row = ctx.saved_tensors
         if d_logprob is None and d_entropy is None:
-            return (None,) * 8
+            return (None,) * 6
         if d_logprob is None:
             d_logprob = torch.zeros_like(d_entropy)
-        _, _, grads = sweep(
-            hidden,
-            Head(weight, bias, *ctx.options),
-            label,
-            row,
-            Given(d_logprob, d_entropy),
-            Wants(*ctx.needs_input_grad[:3]),
-            ctx.row_pass,
-            ctx.chunk_bytes,
-        )
-        return *grads, None, None, None, None, None
+        wants = list(ctx.needs_input_grad[:3])
+        given = (*ctx.saved_tensors, d_logprob, d_entropy, None)
+        _, _, *grads = row_sweep(*given, *ctx.options[:3], wants, *ctx.options[3:])
+        dtype = ctx.saved_tensors[0].dtype
+        grads = (g.to(dtype) if wanted else None for g, wanted in zip(grads, wants, strict=True))
+        return *grads, None, None, None
 
 
 def recompute(
@@ -360,11 +464,13 @@ def recompute(
     head: Head,
     label: Tensor,
     row: Tensor | None,
-    row_pass: Callable,
+    operator: str,
+    impl: str,
     chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`Recompute` on checked inputs."""
-    return Recompute.apply(hidden, head.weight, head.bias, head, label, row, row_pass, chunk_bytes)
+    """`Recompute` on checked inputs, with an implementation that is registered for operator."""
+    options = (head.temperature, head.softcap, head.logits_dtype, operator, impl, chunk_bytes)
+    return Recompute.apply(hidden, head.weight, head.bias, row, label, options)
 
 
 def _tiles(count: int) -> int:
@@ -386,22 +492,34 @@ def _target_logit(rows: Tensor, head: Head, label: Tensor) -> Tensor:
     return target
 
 
+def _rounded(gradient: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Tensor | None:
+    """gradient times a 0-d factor in dtype; the product is rounded once, as it is written."""
+    if gradient is None:
+        return None
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.to(gradient.dtype), out=out)
+
+
 def _project(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """out [n, V] = rows [n, H] @ weight [V, H].T + bias, in out's dtype."""
     if out.dtype != rows.dtype:
-        out.copy_(torch.mm(rows, weight.t(), out_dtype=out.dtype))
+        torch.mm(rows, weight.t(), out_dtype=out.dtype, out=out)
     else:
         torch.mm(rows, weight.t(), out=out)
     if bias is not None:
         out.add_(bias)
 
 
-def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, H] += left [n, V].T @ right [n, H], summed in total's dtype."""
+def _add_outer(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total [V, H] += left [n, V].T @ right [n, H], summed in total's dtype; first: total is yet to
+    be written."""
+    beta = 0 if first else 1  # with 0, not even a NaN in total is looked at
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        torch.addmm(total, left.t(), right, beta=beta, out=total)
     elif left.is_cuda:
-        total.add_(torch.mm(left.t(), right, out_dtype=total.dtype))
+        torch.addmm(total, left.t(), right, total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(torch.mm(left.t(), right))
     else:
         total.add_(torch.mm(left.t(), right))
 

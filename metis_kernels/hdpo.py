@@ -188,7 +188,7 @@ class HDPOTargets:
             if isinstance(value, Tensor):
                 if value.dim() != 0:
                     raise ValueError(f"expected {name} 0-d, got {list(value.shape)}")
-                if value.is_cuda:
+                if value.is_cuda or torch.compiler.is_compiling():
                     continue
             if not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name} must be a finite count >= 0, got {float(value)}")
@@ -232,10 +232,13 @@ class HDPOTargets:
     def live_index(self, config: HDPOConfig) -> Tensor:
         """int64 [K]: where `live_mask` holds. One synchronisation on a GPU, none where the
         targets came there through `to`."""
+        known = self.known_live(config)
+        return self.live_mask(config).nonzero().flatten() if known is None else known
+
+    def known_live(self, config: HDPOConfig) -> Tensor | None:
+        """What `live_index` gives, where `to` has found it out already."""
         simple = config.kl_coef == 0 and config.entropy_coef == 0 and config.ratio == "token"
-        if simple and self._live is not None:
-            return self._live
-        return self.live_mask(config).nonzero().flatten()
+        return self._live if simple else None
 
 
 @dataclass(frozen=True)
@@ -343,8 +346,8 @@ def hdpo_loss(
     clean = _clean(logprob, targets, config, entropy, mask)
     log_ratio = _log_ratio(clean, targets, config)
     ratio = log_ratio.clamp_max(_EXP_LIMIT).exp()
-    scale_acc = _inverse(targets.n_acc, clean.logprob)
-    scale_tool = _inverse(targets.n_tool, clean.logprob)
+    scale_acc = inverse_count(targets.n_acc, clean.logprob)
+    scale_tool = inverse_count(targets.n_tool, clean.logprob)
     channels = []
     for advantage, scale in ((clean.acc, scale_acc), (clean.tool, scale_tool)):
         surrogate = _bounded(ratio, advantage, config) * advantage
@@ -383,11 +386,11 @@ def hdpo_coefficient(
     clean = _clean(logprob, targets, config, entropy, None)
     log_ratio = _log_ratio(clean, targets, config)
     ratio = log_ratio.clamp_max(_EXP_LIMIT).exp()
-    scale_acc = _inverse(targets.n_acc, clean.logprob)
+    scale_acc = inverse_count(targets.n_acc, clean.logprob)
     gradient = torch.zeros_like(clean.logprob)
     for advantage, weight, scale in (
         (clean.acc, config.w_acc, scale_acc),
-        (clean.tool, config.w_tool, _inverse(targets.n_tool, clean.logprob)),
+        (clean.tool, config.w_tool, inverse_count(targets.n_tool, clean.logprob)),
     ):
         pull = advantage * _unclipped(ratio, advantage, config)
         if clean.is_weight is not None:
@@ -417,8 +420,11 @@ def index_sum(size: int, index: Tensor, values: Tensor) -> Tensor:
 
 
 def check_range(name: str, index: Tensor | None, limit: int | None, of: str) -> None:
-    """Raises ValueError where index, on the CPU, leaves [0, limit). Elsewhere it says nothing."""
-    if index is None or limit is None or index.device.type != "cpu" or index.numel() == 0:
+    """Raises ValueError where index, on the CPU, leaves [0, limit). Elsewhere, and in a function
+    that is being compiled, it says nothing."""
+    if index is None or limit is None or torch.compiler.is_compiling():
+        return
+    if index.device.type != "cpu" or index.numel() == 0:
         return
     low, high = index.aminmax()
     if low < 0 or high >= limit:
@@ -538,7 +544,14 @@ def _unclipped(ratio: Tensor, advantage: Tensor, config: HDPOConfig) -> Tensor:
     return torch.where(advantage > 0, ratio <= high, (low <= ratio) & (ratio <= dual))
 
 
-def _inverse(count: Tensor | float, like: Tensor) -> Tensor:
+def as_count(count: Tensor | float, device: torch.device) -> Tensor:
+    """A count as a 0-d float64 tensor, without waiting for the device."""
+    if isinstance(count, Tensor):
+        return count.detach().to(device, torch.float64)
+    return torch.full((), count, dtype=torch.float64, device=device)
+
+
+def inverse_count(count: Tensor | float, like: Tensor) -> Tensor:
     """1 / count, and 0 for a count of 0, as a 0-d tensor that no one waits for."""
     if not isinstance(count, Tensor):
         return torch.full((), 1 / count if count else 0.0, dtype=like.dtype, device=like.device)

@@ -9,13 +9,13 @@ Legend: T rows of hidden, H hidden, V vocabulary, S tokens that carry loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _rows
-from metis_kernels.hdpo import HDPOConfig, HDPOStats, HDPOTargets, hdpo_coefficient, hdpo_loss
+from metis_kernels import _impl, _rows, _triton
+from metis_kernels.hdpo import HDPOConfig, HDPOStats, HDPOTargets, as_count, hdpo_loss
 
 
 def linear_hdpo_ref(
@@ -45,25 +45,68 @@ def linear_hdpo_ref(
     return hdpo_loss(logprob, targets, config, entropy)
 
 
-@dataclass(frozen=True)
-class HDPOCoefficient:
-    """The `Coefficient` of the HDPO loss: dL/dlogprob and dL/dentropy of any slice of its tokens.
+_impl.register("linear_hdpo_loss", "triton", _triton.ROW_PASS, _triton.unavailable)
+_impl.register("linear_hdpo_loss", "torch", _rows.TORCH)
 
-    A row pass may call it, or read its fields and do the same arithmetic itself.
+
+def run_hdpo_sweep(
+    hidden, weight, bias, row, label, live, old_logprob, acc_advantage, tool_advantage,
+    ref_logprob, is_weight, n_acc, n_tool, w_acc, w_tool, clip_low, clip_high, dual_clip, kl_coef,
+    entropy_coef, temperature, softcap, logits_dtype, wants, impl, chunk_bytes,
+):  # fmt: skip
+    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `_rows.sweep` over the tokens that
+    carry loss. NaN for the other tokens; a gradient that nobody wants is empty.
+
+    `hdpo_sweep` is it as one opaque operator, so that a compiled caller sees neither the choice of
+    the tokens nor the chunks: how many there are changes from batch to batch.
     """
+    config = HDPOConfig(
+        w_acc=w_acc, w_tool=w_tool, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        kl_coef=kl_coef, entropy_coef=entropy_coef,
+    )  # fmt: skip
+    targets = HDPOTargets(
+        row, label, old_logprob, acc_advantage, tool_advantage, n_acc, n_tool, ref_logprob,
+        is_weight,
+    )  # fmt: skip
+    count = label.numel()
+    live = targets.live_index(config) if live is None else live
+    if len(live) < count:
+        if row is None:
+            targets = replace(targets, row=torch.arange(count, device=label.device))
+        targets = targets.take(live)
+    logprob, entropy, grads = _rows.sweep(
+        hidden,
+        _rows.Head(weight, bias, temperature, softcap, logits_dtype),
+        targets.label,
+        targets.row,
+        _rows.HDPOCoefficient(targets, config),
+        _rows.Wants(*wants),
+        _impl.implementation("linear_hdpo_loss", impl, hidden.device, hidden.dtype),
+        chunk_bytes,
+    )
+    if len(live) < count:
+        logprob, entropy = (
+            x.new_full((count,), float("nan")).index_copy(0, live, x) for x in (logprob, entropy)
+        )
+    return logprob, entropy, *(hidden.new_empty(0) if g is None else g for g in grads)
 
-    targets: HDPOTargets
-    config: HDPOConfig
 
-    def rows(self, start: int, stop: int) -> HDPOCoefficient:
-        index = torch.arange(start, stop, device=self.targets.acc_advantage.device)
-        return replace(self, targets=self.targets.take(index))
+hdpo_sweep = torch.library.custom_op(
+    "metis_kernels::hdpo_sweep",
+    run_hdpo_sweep,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? row, Tensor label, Tensor? live, "
+    "Tensor? old_logprob, Tensor acc_advantage, Tensor tool_advantage, Tensor? ref_logprob, "
+    "Tensor? is_weight, Tensor n_acc, Tensor n_tool, float w_acc, float w_tool, float clip_low, "
+    "float clip_high, float? dual_clip, float kl_coef, float entropy_coef, float temperature, "
+    "float? softcap, ScalarType? logits_dtype, bool[] wants, str impl, int? chunk_bytes) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
-    def __call__(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-        return hdpo_coefficient(logprob, self.targets, self.config, entropy)
 
-
-_impl.register("linear_hdpo_loss", "torch", _rows.row_pass_torch)
+@hdpo_sweep.register_fake
+def _(hidden, weight, bias, row, label, *rest):
+    return _rows.fake_sweep(hidden, weight, label, wants=rest[-3])
 
 
 def linear_hdpo_loss(
@@ -105,43 +148,50 @@ def linear_hdpo_loss(
     head = _rows.Head(weight, bias, config.temperature, config.softcap, config.logits_dtype)
     _rows.check_head(hidden, head, targets.label, targets.row)
     targets.validate(hidden.shape[0], weight.shape[0], hidden.device)
-    row_pass = _impl.implementation("linear_hdpo_loss", impl, hidden.device)
-
-    live = targets.live_index(config)
-    if len(live) == targets.label.numel():
-        live = None
-    elif targets.row is None:
-        targets = replace(targets, row=torch.arange(len(targets.label), device=hidden.device))
-    active = targets if live is None else targets.take(live)
     if config.ratio == "sequence":
-        logprob, entropy = _rows.recompute(
-            hidden, head, active.label, active.row, row_pass, chunk_bytes
-        )
-        loss, stats = hdpo_loss(logprob, active, config, entropy)
-    else:
-        wants = _rows.Wants.of(hidden, head)
-        logprob, entropy, grads = _rows.sweep(
-            hidden,
-            head,
-            active.label,
-            active.row,
-            HDPOCoefficient(active, config),
-            wants,
-            row_pass,
-            chunk_bytes,
-        )
-        loss, stats = hdpo_loss(logprob, active, config, entropy)
-        if wants:
-            loss = _rows.GradientInForward.apply(loss, hidden, weight, bias, *grads)
-    if live is not None:
-        stats = replace(
-            stats,
-            logprob=_spread(stats.logprob, live, targets),
-            entropy=_spread(stats.entropy, live, targets),
-        )
+        return _by_sequence(hidden, head, targets, config, impl, chunk_bytes)
+    wants = _rows.Wants.of(hidden, head)
+    with torch.no_grad():
+        logprob, entropy, *grads = hdpo_sweep(
+            hidden, weight, bias, targets.row, targets.label, targets.known_live(config),
+            targets.old_logprob, targets.acc_advantage, targets.tool_advantage,
+            targets.ref_logprob, targets.is_weight,
+            as_count(targets.n_acc, hidden.device), as_count(targets.n_tool, hidden.device),
+            config.w_acc, config.w_tool, config.clip_low, config.clip_high, config.dual_clip,
+            config.kl_coef, config.entropy_coef, config.temperature, config.softcap,
+            config.logits_dtype, list(wants), impl, chunk_bytes,
+        )  # fmt: skip
+    loss, stats = hdpo_loss(logprob, targets, config, entropy)
+    if any(wants):
+        grads = (g if wanted else None for g, wanted in zip(grads, wants, strict=True))
+        loss = _rows.GradientInForward.apply(loss, hidden, weight, bias, *grads)
     return loss, stats
 
 
-def _spread(values: Tensor, index: Tensor, targets: HDPOTargets) -> Tensor:
-    """[S] with values [K] at index [K] and NaN elsewhere."""
-    return values.new_full(targets.label.shape, float("nan")).index_copy(0, index, values)
+def _by_sequence(
+    hidden: Tensor,
+    head: _rows.Head,
+    targets: HDPOTargets,
+    config: HDPOConfig,
+    impl: str,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, HDPOStats]:
+    """The loss where a token's ratio waits for its whole response."""
+    live = None if torch.compiler.is_compiling() else targets.live_index(config)
+    if live is None or len(live) == targets.label.numel():
+        logprob, entropy = _rows.recompute(
+            hidden, head, targets.label, targets.row, "linear_hdpo_loss", impl, chunk_bytes
+        )
+        return hdpo_loss(logprob, targets, config, entropy)
+    if targets.row is None:
+        targets = replace(targets, row=torch.arange(len(targets.label), device=hidden.device))
+    active = targets.take(live)
+    logprob, entropy = _rows.recompute(
+        hidden, head, active.label, active.row, "linear_hdpo_loss", impl, chunk_bytes
+    )
+    loss, stats = hdpo_loss(logprob, active, config, entropy)
+    spread = {
+        name: value.new_full(targets.label.shape, float("nan")).index_copy(0, live, value)
+        for name, value in (("logprob", stats.logprob), ("entropy", stats.entropy))
+    }
+    return loss, replace(stats, **spread)

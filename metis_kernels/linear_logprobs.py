@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _rows
+from metis_kernels import _impl, _rows, _triton
+from metis_kernels.hdpo import inverse_count
 
 IGNORE_INDEX = -100
 """A label that means: no token here. torch's own convention."""
@@ -41,8 +42,9 @@ def linear_logprobs_ref(
     return logp.gather(1, label.long().unsqueeze(1)).squeeze(1), entropy
 
 
-_impl.register("linear_logprobs", "torch", _rows.row_pass_torch)
-_impl.register("linear_cross_entropy", "torch", _rows.row_pass_torch)
+for _operator in ("linear_logprobs", "linear_cross_entropy"):
+    _impl.register(_operator, "triton", _triton.ROW_PASS, _triton.unavailable)
+    _impl.register(_operator, "torch", _rows.TORCH)
 
 
 def linear_logprobs(
@@ -71,8 +73,9 @@ def linear_logprobs(
     hidden, label = _rows.flatten_batch(hidden, label, row)
     head = _rows.Head(weight, bias, temperature, softcap, logits_dtype)
     _rows.check_head(hidden, head, label, row)
-    row_pass = _impl.implementation("linear_logprobs", impl, hidden.device)
-    logprob, entropy = _rows.recompute(hidden, head, label, row, row_pass, chunk_bytes)
+    logprob, entropy = _rows.recompute(
+        hidden, head, label, row, "linear_logprobs", impl, chunk_bytes
+    )
     return logprob.view(shape), entropy.view(shape)
 
 
@@ -100,32 +103,26 @@ def linear_cross_entropy(
     token still passes no gradient on.
     """
     hidden, label = _rows.flatten_batch(hidden, label, row)
-    if row is None and label.dim() == 1 and len(label) == len(hidden):
-        row = torch.arange(len(label), device=label.device)
-    real = (label != IGNORE_INDEX).nonzero().flatten() if label.dim() == 1 else None
-    if real is not None and row is not None and row.shape == label.shape:
-        label, row = label.index_select(0, real), row.index_select(0, real)
     head = _rows.Head(weight, bias, temperature, softcap, logits_dtype)
-    _rows.check_head(hidden, head, label, row)
-    row_pass = _impl.implementation("linear_cross_entropy", impl, hidden.device)
-    work = head.work_dtype
+    _rows.check_head(hidden, head, label, row, ignored=IGNORE_INDEX)
     if n is None:
-        n = label.numel()
+        n = (label != IGNORE_INDEX).sum()
     if isinstance(n, Tensor):
         if n.dim() != 0:
             raise ValueError(f"expected n 0-d, got {list(n.shape)}")
-        n = n.detach().to(hidden.device, work)
     elif not 0 <= n < float("inf"):
         raise ValueError(f"n must be a finite count >= 0, got {n}")
-    n = torch.as_tensor(n, dtype=work, device=hidden.device)
-    scale = torch.where(n > 0, n, float("inf")).reciprocal()
+    scale = inverse_count(n, torch.empty((), dtype=head.work_dtype, device=hidden.device))
 
     wants = _rows.Wants.of(hidden, head)
-    coefficient = _rows.Given((-scale).expand(label.shape))
-    logprob, _, grads = _rows.sweep(
-        hidden, head, label, row, coefficient, wants, row_pass, chunk_bytes
-    )
+    with torch.no_grad():
+        logprob, _, *grads = _rows.row_sweep(
+            hidden, weight, bias, row, label, (-scale).expand(label.shape), None, IGNORE_INDEX,
+            temperature, softcap, logits_dtype, list(wants), "linear_cross_entropy", impl,
+            chunk_bytes,
+        )  # fmt: skip
     loss = torch.where(scale > 0, -logprob.sum() * scale, 0)
-    if wants:
+    if any(wants):
+        grads = (g if wanted else None for g, wanted in zip(grads, wants, strict=True))
         loss = _rows.GradientInForward.apply(loss, hidden, weight, bias, *grads)
     return loss

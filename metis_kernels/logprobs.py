@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl
+from metis_kernels import _impl, _triton
+from metis_kernels._triton import gradient_jit, jit, statistics_jit, tl
 from metis_kernels.hdpo import check_range
 
 _CHUNK_BYTES = 1 << 26
@@ -24,6 +25,97 @@ def logprobs_ref(
     logp = torch.log_softmax(logits.to(dtype) / temperature, -1)
     logprob = logp.gather(-1, label.long().unsqueeze(-1)).squeeze(-1)
     return logprob, torch.special.entr(logp.exp()).sum(-1)
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+
+
+@jit
+def forward_kernel(
+    # [S, V], then [S] each
+    logits_ptr, label_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_total_ptr,
+    stride_logits_s, V, inverse_temperature, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: reads its logits once."""
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + token * stride_logits_s
+    label = tl.load(label_ptr + token)
+    target = tl.load(row_ptr + label).to(tl.float32)
+    peak, total, moment = statistics_jit(
+        row_ptr, target, label, V, inverse_temperature, 1.0, False, BLOCK
+    )
+    log_total = tl.log(total)
+    tl.store(logprob_ptr + token, target * inverse_temperature - peak - log_total)
+    tl.store(entropy_ptr + token, log_total - moment / total)
+    tl.store(peak_ptr + token, peak)
+    tl.store(log_total_ptr + token, log_total)
+
+
+@jit
+def backward_kernel(
+    # [S, V] each, then [S] each
+    logits_ptr, d_logits_ptr, label_ptr, entropy_ptr, peak_ptr, log_total_ptr, g_ptr, h_ptr,
+    stride_logits_s, stride_d_logits_s, V, inverse_temperature,
+    HAS_G: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: reads its logits once and writes their gradient once."""
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + token * stride_logits_s
+    label = tl.load(label_ptr + token)
+    target = tl.load(row_ptr + label).to(tl.float32)
+    g, h = 0.0, 0.0
+    if HAS_G:
+        g = tl.load(g_ptr + token)
+    if HAS_ENTROPY:
+        h = tl.load(h_ptr + token)
+    # A token that nobody asks about has no gradient, even where its logits are NaN.
+    gradient_jit(
+        row_ptr, d_logits_ptr + token * stride_d_logits_s, target, label, V, g, h,
+        tl.load(peak_ptr + token), tl.load(log_total_ptr + token), tl.load(entropy_ptr + token),
+        (g != 0) | (h != 0), inverse_temperature, 1.0, False, HAS_ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+class TritonLogProbs(torch.autograd.Function):
+    """One launch each way. Logits whose columns do not lie side by side are copied first."""
+
+    @staticmethod
+    def forward(ctx, logits, label, temperature):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        logprob, entropy, peak, log_total = (
+            torch.empty(len(label), dtype=torch.float32, device=logits.device) for _ in range(4)
+        )
+        block, warps = _triton.row_config(logits.shape[1], logits.dtype)
+        if len(label):
+            forward_kernel[(len(label),)](
+                logits, label, logprob, entropy, peak, log_total, logits.stride(0),
+                logits.shape[1], 1 / temperature, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+        ctx.save_for_backward(logits, label, entropy, peak, log_total)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logprob, d_entropy):
+        logits, label, entropy, peak, log_total = ctx.saved_tensors
+        if d_logprob is None and d_entropy is None:
+            return None, None, None
+        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        block, warps = _triton.row_config(logits.shape[1], logits.dtype)
+        g, h = (peak if x is None else x.contiguous() for x in (d_logprob, d_entropy))
+        if len(label):
+            backward_kernel[(len(label),)](
+                logits, d_logits, label, entropy, peak, log_total, g, h, logits.stride(0),
+                d_logits.stride(0), logits.shape[1], 1 / ctx.temperature,
+                HAS_G=d_logprob is not None, HAS_ENTROPY=d_entropy is not None,
+                BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+        return d_logits, None, None
+
+
+# ---- torch ---------------------------------------------------------------------------------------
 
 
 class LogProbs(torch.autograd.Function):
@@ -86,11 +178,23 @@ class LogProbs(torch.autograd.Function):
         return d_logits, None, None
 
 
-def _forward(logits: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return LogProbs.apply(logits, label, temperature)
+def _chunks(logits: Tensor) -> list[slice]:
+    """Slices of rows whose working copies fit _CHUNK_BYTES."""
+    count, vocab = logits.shape
+    size = max(_CHUNK_BYTES // (vocab * 8), 1)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-_impl.register("logprobs", "torch", _forward)
+def _row_sum(x: Tensor) -> Tensor:
+    """x.sum(1), in the order of summation that it has among other rows even where it is alone.
+
+    (torch splits a sum of a single output across threads, and no other.)
+    """
+    return x.sum(1) if len(x) != 1 else x.expand(2, -1).sum(1)[:1]
+
+
+_impl.register("logprobs", "triton", TritonLogProbs.apply, _triton.unavailable)
+_impl.register("logprobs", "torch", LogProbs.apply)
 
 
 def logprobs(
@@ -119,22 +223,7 @@ def logprobs(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
     check_range("label", label, logits.shape[-1], "entries of the vocabulary")
-    run = _impl.implementation("logprobs", impl, logits.device)
+    run = _impl.implementation("logprobs", impl, logits.device, logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1])
     logprob, entropy = run(flat, label.reshape(-1).long(), temperature)
     return logprob.view(label.shape), entropy.view(label.shape)
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    """Slices of rows whose working copies fit _CHUNK_BYTES."""
-    count, vocab = logits.shape
-    size = max(_CHUNK_BYTES // (vocab * 8), 1)
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-def _row_sum(x: Tensor) -> Tensor:
-    """x.sum(1), in the order of summation that it has among other rows even where it is alone.
-
-    (torch splits a sum of a single output across threads, and no other.)
-    """
-    return x.sum(1) if len(x) != 1 else x.expand(2, -1).sum(1)[:1]

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anybody imports a kernel: without a GPU they run in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from metis_kernels import _impl, _triton  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +38,31 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """Each device in turn; the GPU's tests carry the marker `gpu` and are skipped without one."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+_DEVICES = {
+    "cpu": ("cpu", ("cpp", "torch")),
+    "interpreter": ("cpu", ("triton", "torch")),
+    "cuda": ("cuda", ("triton", "cpp", "torch")),
+    "cuda-torch": ("cuda", ("torch",)),
+}
+"""What is under test -> where its tensors are, and what impl="auto" prefers there."""
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.gpu] * n.startswith("cuda")) for n in _DEVICES]
+)
+def device(request, monkeypatch):
+    """Every path of this machine in turn, by way of impl="auto"; -> the device of its tensors.
+
+    "interpreter" runs the Triton kernels on CPU tensors. The GPU's tests carry the marker `gpu`
+    and are skipped without one.
+    """
+    device, preferred = _DEVICES[request.param]
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return request.param
+    if request.param == "interpreter":
+        reason = _triton.unavailable(torch.device("cpu"))
+        if reason is not None:
+            pytest.skip(reason)
+    constant = "CPU_IMPLEMENTATIONS" if device == "cpu" else "IMPLEMENTATIONS"
+    monkeypatch.setattr(_impl, constant, preferred)
+    return device

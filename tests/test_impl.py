@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def registry(monkeypatch):
         "op",
         "triton",
         lambda: "fast",
-        lambda device: None if device.type == "cuda" else "needs a GPU",
+        lambda device, dtype: None if device.type == "cuda" else "needs a GPU",
     )
 
 
@@ -60,7 +61,7 @@ def test_unknown_names(registry):
 
 def test_nothing_can_run(monkeypatch):
     monkeypatch.setattr(_impl, "_registry", {})
-    _impl.register("op", "cpp", print, lambda device: "no compiler")
+    _impl.register("op", "cpp", print, lambda device, dtype: "no compiler")
     with pytest.raises(RuntimeError, match="no compiler"):
         _impl.resolve("op", "auto", "cpu")
 
@@ -99,10 +100,12 @@ def test_a_registered_row_pass_is_what_runs(monkeypatch):
 
     def counting(*args):
         calls.append(args[0].shape)
-        return plain(*args)
+        return plain.run(*args)
 
     monkeypatch.setitem(
-        _impl._registry["linear_hdpo_loss"], "cpp", _impl._Entry(counting, lambda device: None)
+        _impl._registry["linear_hdpo_loss"],
+        "cpp",
+        _impl._Entry(replace(plain, run=counting), lambda device, dtype: None),
     )
     targets = HDPOTargets(None, torch.zeros(3).long(), None, torch.ones(3), torch.ones(3), 3, 3)
     linear_hdpo_loss(torch.randn(3, 4), torch.randn(5, 4), targets, HDPOConfig())

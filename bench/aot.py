@@ -1,0 +1,180 @@
+"""Compiles every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU is needed.
+
+    python -m bench.aot                    every kernel, every configuration
+    python -m bench.aot --only row_kernel  those whose name holds the text
+
+Prints registers, spilled bytes and shared memory as ptxas counts them, and exits 1 where a kernel
+spills or does not compile: a row kernel that spills reads more than its logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Both are read when a kernel is decorated or compiled.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from metis_kernels import _triton, advantages  # noqa: E402
+from metis_kernels.logprobs import backward_kernel, forward_kernel  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+POINTERS = {
+    "logits": None, "d_logits": None, "label": "i64", "group": "i64", "correct": "i1",
+    "scored": "i1", "truncated": "i1", "qualifies": "i1", "acc_signal": "i1", "tool_signal": "i1",
+}  # fmt: skip
+"""Element type of a `NAME_ptr`; None is the dtype of the logits, what is not named is fp32."""
+INTEGERS = ("V", "N")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with everything that makes it another binary."""
+
+    name: str
+    kernel: object
+    logits: str
+    constants: dict[str, object]
+    warps: int
+
+    def source(self) -> ASTSource:
+        names = self.kernel.arg_names
+        signature, attributes = {}, {}
+        for index, name in enumerate(names):
+            if name in self.constants:
+                signature[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                kind = POINTERS.get(name.removesuffix("_ptr"), "fp32")
+                signature[name] = "*" + (kind or self.logits)
+            elif name in INTEGERS or name.startswith("stride_"):
+                signature[name] = "i32"
+            else:
+                signature[name] = "fp32"
+            # What the JIT finds out by itself: tensors are aligned, real vocabularies too.
+            if signature[name].startswith("*") or name == "V" or name.startswith("stride_"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        constants = {(names.index(name),): value for name, value in self.constants.items()}
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def cases() -> Iterator[Case]:
+    """Every configuration with the dtypes that it is chosen for, every branch of a kernel."""
+    yield from row_kernels()
+    yield from logprob_kernels()
+    for std in (False, True):
+        constants = dict(HAS_SCORED=True, HAS_TRUNCATED=True, STD=std)
+        constants["BLOCK"] = advantages.BLOCK_ROLLOUTS
+        label = f"advantages_kernel{' std' * std}"
+        yield Case(label, advantages.advantages_kernel, "fp32", constants, advantages.WARPS)
+
+
+VOCABULARIES = (1000, 151_936)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def row_configs() -> Iterator[tuple[str, int, int]]:
+    """(dtype of the logits, block, warps) of every configuration that is ever chosen."""
+    for name, dtype in DTYPES.items():
+        for vocab in VOCABULARIES:
+            yield name, *_triton.row_config(vocab, dtype)
+
+
+def row_kernels() -> Iterator[Case]:
+    everything = dict(HAS_OLD=True, HAS_REF=True, HAS_IS=True)
+    nothing = dict.fromkeys(everything, False)
+    branches = (("none", False), ("given", False), ("given", True), ("hdpo", False), ("hdpo", True))
+    for (logits, block, warps), (gradient, entropy), softcap in itertools.product(
+        row_configs(), branches, (False, True)
+    ):
+        flags = everything if gradient == "hdpo" and entropy else nothing
+        constants = dict(GRADIENT=gradient, HAS_SOFTCAP=softcap, HAS_ENTROPY=entropy, BLOCK=block)
+        label = f"row_kernel {gradient}{' entropy' * entropy}{' softcap' * softcap} {block}"
+        yield Case(label, _triton.row_kernel, logits, constants | flags, warps)
+
+
+def logprob_kernels() -> Iterator[Case]:
+    for logits, block, warps in row_configs():
+        label = f"logprobs.forward_kernel {block}"
+        yield Case(label, forward_kernel, logits, dict(BLOCK=block), warps)
+        for entropy in (False, True):
+            constants = dict(HAS_G=True, HAS_ENTROPY=entropy, BLOCK=block)
+            label = f"logprobs.backward_kernel{' entropy' * entropy} {block}"
+            yield Case(label, backward_kernel, logits, constants, warps)
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    spilled: int
+    """Bytes stored to and loaded from local memory."""
+    shared: int
+    """Bytes of shared memory of a program."""
+
+
+def compile_case(case: Case, architecture: int) -> Resources:
+    compiled = triton.compile(
+        case.source(),
+        target=GPUTarget("cuda", architecture, 32),
+        options=dict(num_warps=case.warps),
+    )
+    said = _ptxas(compiled.asm["ptx"])
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    assert registers and spills, said
+    return Resources(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared)
+
+
+def _ptxas(ptx: str) -> str:
+    """What `ptxas -v` says of a kernel. Triton brings two; the older does not read newer PTX."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        for name in ("ptxas", "ptxas-blackwell"):
+            command = [tools / name, "-v", f"--gpu-name={target}", source, "-o", os.devnull]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stderr
+    raise RuntimeError(f"no ptxas of triton {triton.__version__} assembles {target}: {done.stderr}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="TEXT")
+    args = parser.parse_args()
+    chosen = [case for case in cases() if args.only in case.name]
+    width = max((len(case.name) for case in chosen), default=0)
+    print(f"triton {triton.__version__}; registers / spilled bytes / shared bytes")
+    print(" " * (width + 6 - 1), *(f"{f'sm_{a}':>16}" for a in ARCHITECTURES))
+    failed = []
+    for case in chosen:
+        cells = []
+        for architecture in ARCHITECTURES:
+            r = compile_case(case, architecture)
+            cells.append(f"{r.registers:>5} /{r.spilled:>4} /{r.shared:>5}")
+            if r.spilled:
+                failed.append(f"{case.name} {case.logits} spills on sm_{architecture}")
+        print(
+            f"{case.name:{width}} {case.logits:>5}", *(f"{cell:>16}" for cell in cells), flush=True
+        )
+    print("\n".join(failed) or f"{len(chosen)} kernels, no spill")
+    return 1 if failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
