@@ -35,7 +35,8 @@ from metis_kernels.logprobs import backward_kernel, forward_kernel  # noqa: E402
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
     "logits": None, "d_logits": None, "label": "i64", "group": "i64", "correct": "i1",
-    "scored": "i1", "truncated": "i1", "qualifies": "i1", "acc_signal": "i1", "tool_signal": "i1",
+    "scored": "i1", "truncated": "i1", "alive": "i1", "qualifies": "i1", "acc_signal": "i1",
+    "tool_signal": "i1",
 }  # fmt: skip
 """Element type of a `NAME_ptr`; None is the dtype of the logits, what is not named is fp32."""
 INTEGERS = ("V", "N")
@@ -74,6 +75,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """Every configuration with the dtypes that it is chosen for, every branch of a kernel."""
     yield from row_kernels()
+    yield from halves()
     yield from logprob_kernels()
     for std in (False, True):
         constants = dict(HAS_SCORED=True, HAS_TRUNCATED=True, STD=std)
@@ -104,6 +106,17 @@ def row_kernels() -> Iterator[Case]:
         constants = dict(GRADIENT=gradient, HAS_SOFTCAP=softcap, HAS_ENTROPY=entropy, BLOCK=block)
         label = f"row_kernel {gradient}{' entropy' * entropy}{' softcap' * softcap} {block}"
         yield Case(label, _triton.row_kernel, logits, constants | flags, warps)
+
+
+def halves() -> Iterator[Case]:
+    """Of the row kernel, for a head that is cut over the vocabulary."""
+    for (logits, block, warps), softcap in itertools.product(row_configs(), (False, True)):
+        constants = dict(HAS_SOFTCAP=softcap, BLOCK=block)
+        label = f"statistics_kernel{' softcap' * softcap} {block}"
+        yield Case(label, _triton.statistics_kernel, logits, constants, warps)
+        label = f"gradient_kernel entropy{' softcap' * softcap} {block}"
+        constants |= dict(HAS_ENTROPY=True)
+        yield Case(label, _triton.gradient_kernel, logits, constants, warps)
 
 
 def logprob_kernels() -> Iterator[Case]:

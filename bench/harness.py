@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 import metis_kernels
+from metis_kernels import _triton
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+FLUSH_BYTES = 256 << 20
+"""Written between two measurements on a GPU: five times what its L2 cache holds."""
 
 
 def measure(
@@ -36,19 +36,17 @@ def measure(
     """Milliseconds per variant: median, 20th and 80th percentile.
 
     Each round runs every variant once, in turn from another start, so that a machine that slows
-    down slows all of them.
+    down slows all of them. On a GPU the clock is the device's, and caches are cold.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
+    clock = _gpu_milliseconds if torch.cuda.is_available() else _cpu_milliseconds
     for step in range(warmup + rounds):
         for i in range(len(names)):
             name = names[(i + step) % len(names)]
-            synchronize()
-            start = time.perf_counter()
-            variants[name]()
-            synchronize()
+            taken = clock(variants[name])
             if step >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(taken)
     return {
         name: {
             "median_ms": statistics.median(t),
@@ -59,14 +57,32 @@ def measure(
     }
 
 
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Bytes that run adds at its peak to what this process holds. One call per process: an
-    allocator that has grown stays grown.
+def _cpu_milliseconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
-    On the CPU this is resident memory (Linux), so it includes BLAS's own buffers.
+
+def _gpu_milliseconds(run: Callable[[], None]) -> float:
+    torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """Bytes that run adds at its peak to what this process holds.
+
+    On the CPU this is resident memory (Linux), so it includes BLAS's own buffers, and one call per
+    process: an allocator that has grown stays grown.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -94,6 +110,7 @@ def stamp() -> dict[str, object]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": None if _triton.triton is None else _triton.triton.__version__,
         "metis_kernels": metis_kernels.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD"),

@@ -18,8 +18,9 @@ if [ -z "$name" ]; then
     exit 1
 fi
 
-"$PYTHON" -m pytest tests -q -m gpu
+"$PYTHON" -m pytest tests -q -m gpu --ignore=tests/trainer
 out=bench/results/$name.json
-"$PYTHON" -m bench.bench_linear_hdpo --rows 8192 --hidden 4096 --vocab 151936 \
-    --dtype bfloat16 --active 1.0 0.5 0.3 0.1 --out "$out"
+"$PYTHON" -m bench.bench_linear_hdpo --out "$out"
+"$PYTHON" -m bench.bench_logprobs --out "$out"
+"$PYTHON" -m bench.bench_advantages --out "$out"
 echo "wrote $out"

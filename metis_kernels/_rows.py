@@ -6,34 +6,26 @@
         d_hidden[row]   += d(logits) @ weight                     two matrix products, where wanted
         d_weight        += d(logits).T @ hidden[row]
 
-An implementation swaps the row pass and nothing else; `row_pass_torch` below is the plain one.
+An implementation swaps the row pass and nothing else: `RowPass` is the contract, _torch.py the
+plain one. _ops.py makes operators and autograd functions of the loop.
 
-Legend: S tokens, T rows of hidden, H hidden, V vocabulary, C rows of a chunk; "work" is the dtype
-of sums: float64 for float64 inputs, else float32. A leaf: it imports torch and hdpo's helpers.
+A head may be cut over the vocabulary (`Shard`): then every rank holds its own columns of the
+logits, and the ranks meet between product and gradient for the maximum and the sums of each row.
 
-A `RowPass` runs as f(logits, target, label, head, coefficient) -> (logprob, entropy):
-
-    logits [C, V]     the raw products in head.logits_dtype; holds d(logits) afterwards
-    target [C]        the label's raw logit, an fp32 dot product; it stands in for logits[c, label]
-    label [C]         int64
-    coefficient       None (no gradient is wanted), or f(logprob [C], entropy [C]) -> (g, h): the
-                      gradients of the loss with respect to both, h None where it is all zero
-    logprob, entropy  [C] in work dtype
-
-A row whose target is not finite has a logprob of NaN, and a row whose logprob is not finite leaves
-zeros in its row of d(logits).
+Legend: S tokens, T rows of hidden, H hidden, V vocabulary (of this rank), C rows of a chunk; "work"
+is the dtype of sums: float64 for float64 inputs, else float32. A leaf: it imports torch and hdpo's
+helpers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl
 from metis_kernels.hdpo import HDPOConfig, HDPOTargets, check_range, hdpo_coefficient
 
 ROW_TILE = 16
@@ -42,8 +34,8 @@ with it the last bits) for the smallest and the ragged shapes, and an identical 
 identical bits whether it comes alone or in a batch: the first ratio is exactly 1 only so. Measured
 with MKL in fp32 at (H, V) up to (256, 32000): every multiple of 16 rows agrees."""
 
-_FLOOR = -1e4
-"""exp of it is 0 in fp32 and fp64, and 0 * _FLOOR is 0 where 0 * -inf would be NaN."""
+FLOOR = -1e4
+"""exp of it is 0 in fp32 and fp64, and 0 * FLOOR is 0 where 0 * -inf would be NaN."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,38 @@ class Head:
     @property
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, self.logits_dtype or self.weight.dtype)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What the softmax sees of raw logits."""
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's share of a head that is cut over the vocabulary, in the order of the ranks and
+    into equal parts; the hidden states and targets are the same on all of them."""
+
+    group: torch.distributed.ProcessGroup
+    first: int
+    """The label of this rank's first row of weight."""
+
+    @classmethod
+    def named(cls, name: str | None, vocab: int) -> Shard | None:
+        """By the name of a process group: an operator takes no object."""
+        if name is None:
+            return None
+        group = torch.distributed.distributed_c10d._resolve_process_group(name)
+        return cls(group, torch.distributed.get_rank(group) * vocab)
+
+    def sum(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values, group=self.group)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self.group)
+        return values
 
 
 class Wants(NamedTuple):
@@ -139,9 +163,10 @@ def check_head(
     label: Tensor,
     row: Tensor | None,
     ignored: int | None = None,
+    parts: int = 1,
 ) -> None:
     """Raises ValueError unless hidden [T, H], weight [V, H], bias [V], label [S], row [S] agree. A
-    label of `ignored` is in range."""
+    label of `ignored` is in range; weight is one of `parts` of the vocabulary."""
     weight = head.weight
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -187,7 +212,7 @@ def check_head(
             raise ValueError(f"expected {name} in an integer dtype, got {value.dtype}")
     if ignored is not None and label.device.type == "cpu":
         label = torch.where(label == ignored, 0, label)
-    check_range("label", label, weight.shape[0], "entries of the vocabulary")
+    check_range("label", label, parts * weight.shape[0], "entries of the vocabulary")
     check_range("row", row, hidden.shape[0], "rows of hidden")
 
 
@@ -202,9 +227,32 @@ def flatten_batch(hidden: Tensor, label: Tensor, row: Tensor | None) -> tuple[Te
 
 @dataclass(frozen=True)
 class RowPass:
-    """An implementation of the row pass; the module's docstring has its contract."""
+    """An implementation of the row pass over a chunk of logits [C, V].
+
+    run(logits, target, label, head, coefficient) -> (logprob, entropy)
+
+        logits [C, V]     the raw products in head.dtype; holds d(logits) afterwards
+        target [C]        the label's raw logit, an fp32 dot product; the one in logits is ignored
+        label [C]         int64
+        coefficient       None (no gradient is wanted), or f(logprob [C], entropy [C]) -> (g, h):
+                          the loss's gradients with respect to both, h None where it is all zero
+        logprob, entropy  [C] in work dtype
+
+    A row whose target is not finite has a logprob of NaN, and a row whose logprob is not finite
+    leaves zeros in its row of d(logits).
+
+    statistics and gradient are its two halves, for a head that is cut over the vocabulary. With s
+    the scaled logits, a label outside [0, V) is another rank's:
+
+    statistics(logits, target, label, head) -> (peak, total, moment)
+                          [C] each: max s, sum e, sum e (s - peak), with e = exp(s - peak)
+    gradient(logits, target, label, head, peak, log_total, entropy, alive, g, h)
+                          writes d(logits), zeros in a row that is not alive
+    """
 
     run: Callable[..., tuple[Tensor, Tensor]]
+    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradient: Callable[..., None]
     copies: int
     """Copies of a chunk in work dtype that it makes beside the logits."""
 
@@ -214,20 +262,21 @@ GOOD_ROWS = 2048
 to its gradient is what they wait for."""
 
 
-def chunk_rows(count: int, head: Head, chunk_bytes: int | None, copies: int = 2) -> int:
+def chunk_rows(count: int, head: Head, chunk_bytes: int | None, copies: int) -> int:
     """Rows per chunk, a multiple of ROW_TILE, such that what the row pass holds fits chunk_bytes.
 
     At least one tile, even where that is more; chunks of nearly one size. Default budget: 128 MiB
-    on the CPU; on a GPU 1 GiB, or GOOD_ROWS rows where a quarter of the free memory holds them.
+    on the CPU; on a GPU 1 GiB, or the logits of GOOD_ROWS rows where those are more. Never a
+    function of the memory that happens to be free: it decides the order of sums.
     """
-    per_row = head.weight.shape[0] * (head.dtype.itemsize + copies * head.work_dtype.itemsize)
+    vocab = head.weight.shape[0]
     if chunk_bytes is None and head.weight.is_cuda:
-        free, _ = torch.cuda.mem_get_info(head.weight.device)
-        chunk_bytes = max(1 << 30, min(GOOD_ROWS * per_row, free // 4))
+        chunk_bytes = max(1 << 30, GOOD_ROWS * vocab * head.dtype.itemsize)
     elif chunk_bytes is None:
         chunk_bytes = 1 << 27
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
+    per_row = vocab * (head.dtype.itemsize + copies * head.work_dtype.itemsize)
     fits = max(chunk_bytes // per_row // ROW_TILE, 1)
     tiles = _tiles(count) // ROW_TILE
     chunks = max(-(-tiles // fits), 1)
@@ -244,12 +293,15 @@ def sweep(
     wants: Wants,
     row_pass: RowPass,
     chunk_bytes: int | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(logprob [S], entropy [S], gradients) of S tokens; the module's docstring is the algorithm.
 
     Inputs have passed `check_head`. Rows that repeat are summed, gradients accumulated in work
     dtype, chunks visited in order: the same bits at every run.
     """
+    if shard is not None:
+        label = label - shard.first
     count, (vocab, _) = label.numel(), head.weight.shape
     work, device = head.work_dtype, hidden.device
     logprob, entropy = (torch.empty(count, dtype=work, device=device) for _ in range(2))
@@ -272,12 +324,16 @@ def sweep(
             part, n = slice(start, stop), stop - start
             index = torch.arange(start, stop, device=device) if row is None else row[part]
             rows = _gather(hidden, index)
-            target = _target_logit(rows[:n], head, label[part])
+            target = _target_logit(rows[:n], head, label[part], shard)
             rows = rows.to(weight.dtype)
             logits = logits_buffer[: len(rows)]
             _project(logits, rows, weight, head.bias)
             chunk = None if coefficient is None else coefficient.rows(start, stop)
-            lp, en = row_pass.run(logits[:n], target, label[part].long(), head, chunk)
+            given = (logits[:n], target, label[part].long(), head)
+            if shard is None:
+                lp, en = row_pass.run(*given, chunk)
+            else:
+                lp, en = _sharded_run(row_pass, *given, chunk, shard)
             logprob[part], entropy[part] = lp, en
             if not any(wants):
                 continue
@@ -290,187 +346,34 @@ def sweep(
                 _add_outer(d_weight, d_logits[:n], sound, first=start == 0)
             if wants.bias:
                 d_bias += logits[:n].sum(0, dtype=work)
+    if shard is not None and wants.hidden:
+        shard.sum(d_hidden)
     return logprob, entropy, (d_hidden, d_weight, d_bias)
 
 
-def row_pass_torch(
+def _sharded_run(
+    row_pass: RowPass,
     logits: Tensor,
     target: Tensor,
     label: Tensor,
     head: Head,
     coefficient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor]:
-    """The row pass in torch operations; see the module's docstring for the contract.
-
-    With s_j = z_j / temperature the scaled logits and p their softmax,
-
-        dL/ds_j = g (1[j = label] - p_j) - h p_j (log p_j + entropy)
-        dL/dz_j = dL/ds_j / temperature * (1 - tanh(z_j / softcap)^2, where there is a softcap)
-    """
-    work = torch.promote_types(logits.dtype, torch.float32)
-    label = label.unsqueeze(1)
-    shifted = logits.to(work, copy=head.softcap is not None)
-    # The exact target takes its place in the sum too, so that logprob <= 0 holds in any dtype.
-    shifted.scatter_(1, label, target.to(work).unsqueeze(1))
-    slope = None
-    if head.softcap is not None:
-        shifted.div_(head.softcap).tanh_()
-        slope = 1 - shifted.square() if coefficient is not None else None
-        shifted.mul_(head.softcap)
-    shifted.div_(head.temperature)
-    top = shifted.amax(1, keepdim=True)
-    shifted.sub_(top)
-    logprob = shifted.gather(1, label).squeeze(1)
-    shifted.clamp_(min=_FLOOR)
-    probs = shifted.exp()
-    total = _row_sum(probs)
+    """`RowPass.run` over the columns of all ranks."""
+    peak, total, moment = row_pass.statistics(logits, target, label, head)
+    top = shard.max(peak.clone())
+    gap = (peak - top).clamp_min(FLOOR)
+    total, moment = shard.sum(torch.stack((total, moment + gap * total)) * gap.exp())
     log_total = total.log()
-    # A softcap would make a finite logprob of a broken hidden state; its target shows what it is.
-    logprob = torch.where(torch.isfinite(target), logprob - log_total, float("nan"))
-    entropy = log_total - _row_sum(shifted * probs) / total
-    if coefficient is None:
-        return logprob, entropy
-
-    g, h = coefficient(logprob, entropy)
-    g = g.to(work)
-    probs.mul_((-g / total).unsqueeze(1)) if h is None else probs.div_(total.unsqueeze(1))
-    if h is not None:
-        # shifted - log_total is log p.
-        shifted.sub_((log_total - entropy).unsqueeze(1)).mul_(-h.to(work).unsqueeze(1))
-        probs.mul_(shifted.sub_(g.unsqueeze(1)))
-    probs.scatter_add_(1, label, g.unsqueeze(1))
-    if slope is not None:
-        probs.mul_(slope)
-    probs.div_(head.temperature)
-    probs.masked_fill_(~torch.isfinite(logprob).unsqueeze(1), 0)
-    logits.copy_(probs)
+    logprob = head.scaled(target) - top - log_total
+    logprob = torch.where(torch.isfinite(target), logprob, float("nan"))
+    entropy = log_total - moment / total
+    if coefficient is not None:
+        g, h = coefficient(logprob, entropy)
+        alive = torch.isfinite(logprob)
+        row_pass.gradient(logits, target, label, head, top, log_total, entropy, alive, g, h)
     return logprob, entropy
-
-
-TORCH = RowPass(row_pass_torch, copies=2)
-
-
-class GradientInForward(torch.autograd.Function):
-    """Hangs gradients that the forward has already computed onto a loss.
-
-    Backward multiplies them with the upstream gradient and rounds them, in one pass.
-    """
-
-    @staticmethod
-    def forward(ctx, loss, hidden, weight, bias, d_hidden, d_weight, d_bias):
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtype = hidden.dtype
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        scaled = (_rounded(g, ctx.dtype, upstream) for g in ctx.saved_tensors)
-        return None, *scaled, None, None, None
-
-
-def run_row_sweep(
-    hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
-    logits_dtype, wants, operator, impl, chunk_bytes,
-):  # fmt: skip
-    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `sweep` with gradients [S] that are
-    known beforehand, over the tokens whose label is not `ignored`; the others have zeros.
-    `row_sweep` is it as one opaque operator, so that a compiled caller sees no chunks. A gradient
-    that nobody wants is empty.
-    """
-    count, real = label.numel(), None
-    if ignored is not None:
-        real = (label != ignored).nonzero().flatten()
-        if len(real) < count:
-            row = real if row is None else row.index_select(0, real)
-            label = label.index_select(0, real)
-    given = None if logprob_grad is None else Given(logprob_grad, entropy_grad)
-    if given is not None and real is not None and len(real) < count:
-        given = given.take(real)
-    logprob, entropy, grads = sweep(
-        hidden,
-        Head(weight, bias, temperature, softcap, logits_dtype),
-        label,
-        row,
-        given,
-        Wants(*wants),
-        _impl.implementation(operator, impl, hidden.device, hidden.dtype),
-        chunk_bytes,
-    )
-    if real is not None and len(real) < count:
-        logprob, entropy = (x.new_zeros(count).index_copy(0, real, x) for x in (logprob, entropy))
-    return logprob, entropy, *(hidden.new_empty(0) if g is None else g for g in grads)
-
-
-row_sweep = torch.library.custom_op(
-    "metis_kernels::row_sweep",
-    run_row_sweep,
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? row, Tensor label, "
-    "Tensor? logprob_grad, Tensor? entropy_grad, int? ignored, float temperature, float? softcap, "
-    "ScalarType? logits_dtype, bool[] wants, str operator, str impl, int? chunk_bytes) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-def fake_sweep(
-    hidden: Tensor, weight: Tensor, label: Tensor, wants: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """What a sweep's operator returns, by shape and dtype."""
-    work = torch.promote_types(weight.dtype, torch.float32)
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    gradients = (
-        hidden.new_empty(shape, dtype=work) if wanted else hidden.new_empty(0)
-        for shape, wanted in zip(shapes, wants, strict=True)
-    )
-    return *(hidden.new_empty(label.shape, dtype=work) for _ in range(2)), *gradients
-
-
-@row_sweep.register_fake
-def _(hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
-      logits_dtype, wants, operator, impl, chunk_bytes):  # fmt: skip
-    return fake_sweep(hidden, weight, label, wants)
-
-
-class Recompute(torch.autograd.Function):
-    """(logprob [S], entropy [S]) with logits in neither forward's nor backward's memory."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, row, label, options):
-        ctx.save_for_backward(hidden, weight, bias, row, label)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        given = (hidden, weight, bias, row, label, None, None, None)
-        logprob, entropy, *_ = row_sweep(*given, *options[:3], [False] * 3, *options[3:])
-        return logprob, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_logprob, d_entropy):
-        if d_logprob is None and d_entropy is None:
-            return (None,) * 6
-        if d_logprob is None:
-            d_logprob = torch.zeros_like(d_entropy)
-        wants = list(ctx.needs_input_grad[:3])
-        given = (*ctx.saved_tensors, d_logprob, d_entropy, None)
-        _, _, *grads = row_sweep(*given, *ctx.options[:3], wants, *ctx.options[3:])
-        dtype = ctx.saved_tensors[0].dtype
-        grads = (g.to(dtype) if wanted else None for g, wanted in zip(grads, wants, strict=True))
-        return *grads, None, None, None
-
-
-def recompute(
-    hidden: Tensor,
-    head: Head,
-    label: Tensor,
-    row: Tensor | None,
-    operator: str,
-    impl: str,
-    chunk_bytes: int | None,
-) -> tuple[Tensor, Tensor]:
-    """`Recompute` on checked inputs, with an implementation that is registered for operator."""
-    options = (head.temperature, head.softcap, head.logits_dtype, operator, impl, chunk_bytes)
-    return Recompute.apply(hidden, head.weight, head.bias, row, label, options)
 
 
 def _tiles(count: int) -> int:
@@ -483,21 +386,16 @@ def _gather(hidden: Tensor, index: Tensor) -> Tensor:
     return torch.nn.functional.pad(hidden.index_select(0, index), (0, 0, 0, _tiles(n) - n))
 
 
-def _target_logit(rows: Tensor, head: Head, label: Tensor) -> Tensor:
+def _target_logit(rows: Tensor, head: Head, label: Tensor, shard: Shard | None) -> Tensor:
     """[n]: the label's logit as a dot product in work dtype, before softcap and temperature."""
-    work = head.work_dtype
-    target = _row_sum(rows.to(work) * head.weight.index_select(0, label).to(work))
+    work, here = head.work_dtype, None
+    if shard is not None:
+        here = (label >= 0) & (label < head.weight.shape[0])
+        label = torch.where(here, label, 0)
+    target = row_sum(rows.to(work) * head.weight.index_select(0, label).to(work))
     if head.bias is not None:
         target = target + head.bias.index_select(0, label).to(work)
-    return target
-
-
-def _rounded(gradient: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Tensor | None:
-    """gradient times a 0-d factor in dtype; the product is rounded once, as it is written."""
-    if gradient is None:
-        return None
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, factor.to(gradient.dtype), out=out)
+    return target if here is None else shard.sum(torch.where(here, target, 0))
 
 
 def _project(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -532,7 +430,7 @@ def _add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:
         total.index_add_(0, index, values)
 
 
-def _row_sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor) -> Tensor:
     """x.sum(1), in the order of summation that it has among other rows even where it is alone.
 
     (torch splits a sum of a single output across threads, and no other.)

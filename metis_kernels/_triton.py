@@ -121,9 +121,10 @@ def scaled_jit(z, inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr):
 @jit
 def block_jit(row_ptr, columns, target, label, V):
     """Raw logits [BLOCK] in fp32, the label's replaced by its exact value: then logprob <= 0 holds
-    whatever the others were rounded to. Past the end: -inf."""
-    z = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-    return tl.where(columns == label, target, z)
+    whatever the others were rounded to. Past the end, where another rank's label may be: -inf."""
+    inside = columns < V
+    z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.where(inside & (columns == label), target, z)
 
 
 @jit
@@ -284,27 +285,102 @@ def row_kernel(
         )  # fmt: skip
 
 
-def row_pass(
+@jit
+def statistics_kernel(
+    # [C, V], then [C] each
+    logits_ptr, target_ptr, label_ptr, peak_ptr, total_ptr, moment_ptr,
+    stride_logits_c, V, inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first half of `row_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    peak, total, moment = statistics_jit(
+        logits_ptr + row * stride_logits_c, tl.load(target_ptr + row), tl.load(label_ptr + row), V,
+        inverse_temperature, softcap, HAS_SOFTCAP, BLOCK,
+    )  # fmt: skip
+    tl.store(peak_ptr + row, peak)
+    tl.store(total_ptr + row, total)
+    tl.store(moment_ptr + row, moment)
+
+
+@jit
+def gradient_kernel(
+    # [C, V] in place, then [C] each
+    logits_ptr, target_ptr, label_ptr, peak_ptr, log_total_ptr, entropy_ptr, alive_ptr,
+    g_ptr, h_ptr,
+    stride_logits_c, V, inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second half of `row_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_c
+    h = 0.0
+    if HAS_ENTROPY:
+        h = tl.load(h_ptr + row)
+    gradient_jit(
+        row_ptr, row_ptr, tl.load(target_ptr + row), tl.load(label_ptr + row), V,
+        tl.load(g_ptr + row), h, tl.load(peak_ptr + row), tl.load(log_total_ptr + row),
+        tl.load(entropy_ptr + row), tl.load(alive_ptr + row), inverse_temperature, softcap,
+        HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+    )  # fmt: skip
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def run(
     logits: Tensor,
     target: Tensor,
     label: Tensor,
     head: Head,
     coefficient: Given | HDPOCoefficient | None,
 ) -> tuple[Tensor, Tensor]:
-    """The row pass as `_rows` describes it, in one launch."""
-    count, vocab = logits.shape
-    logprob = torch.empty(count, dtype=torch.float32, device=logits.device)
-    entropy = torch.empty_like(logprob)
-    if count == 0:
-        return logprob, entropy
-    block, warps = row_config(vocab, logits.dtype)
+    logprob, entropy = (torch.empty_like(target) for _ in range(2))
     per_token, scalars, flags = _arguments(coefficient, logprob)
-    row_kernel[(count,)](
-        logits, target, label, logprob, entropy, *per_token,
-        logits.stride(0), vocab, 1 / head.temperature, head.softcap or 1.0, *scalars,
-        HAS_SOFTCAP=head.softcap is not None, BLOCK=block, num_warps=warps, **flags,
-    )  # fmt: skip
+    _launch(
+        row_kernel, logits, (target, label, logprob, entropy, *per_token), head, *scalars, **flags
+    )
     return logprob, entropy
+
+
+def statistics(
+    logits: Tensor, target: Tensor, label: Tensor, head: Head
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = tuple(torch.empty_like(target) for _ in range(3))
+    _launch(statistics_kernel, logits, (target, label, *sums), head)
+    return sums
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    label: Tensor,
+    head: Head,
+    peak: Tensor,
+    log_total: Tensor,
+    entropy: Tensor,
+    alive: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+) -> None:
+    given = (target, label, peak, log_total, entropy, alive, g.contiguous())
+    given += (g if h is None else h.contiguous(),)
+    _launch(gradient_kernel, logits, given, head, HAS_ENTROPY=h is not None)
+
+
+ROW_PASS = RowPass(run, statistics, gradient, copies=0)
+
+
+def _launch(kernel, logits: Tensor, per_row: tuple[Tensor, ...], head: Head, *scalars, **flags):
+    """One program a row of logits [C, V]."""
+    count, vocab = logits.shape
+    if count == 0:
+        return
+    block, warps = row_config(vocab, logits.dtype)
+    kernel[(count,)](
+        logits, *per_row, logits.stride(0), vocab, 1 / head.temperature, head.softcap or 1.0,
+        *scalars, HAS_SOFTCAP=head.softcap is not None, BLOCK=block, num_warps=warps, **flags,
+    )  # fmt: skip
 
 
 def _arguments(coefficient: Given | HDPOCoefficient | None, stand_in: Tensor):
@@ -333,6 +409,3 @@ def _arguments(coefficient: Given | HDPOCoefficient | None, stand_in: Tensor):
             HAS_IS=t.is_weight is not None,
         )
     return [stand_in if x is None else x.contiguous() for x in tensors], numbers, flags
-
-
-ROW_PASS = RowPass(row_pass, copies=0)

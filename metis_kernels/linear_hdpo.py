@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _rows, _triton
+from metis_kernels import _impl, _ops, _rows, _torch, _triton
 from metis_kernels.hdpo import HDPOConfig, HDPOStats, HDPOTargets, as_count, hdpo_loss
 
 
@@ -46,13 +46,13 @@ def linear_hdpo_ref(
 
 
 _impl.register("linear_hdpo_loss", "triton", _triton.ROW_PASS, _triton.unavailable)
-_impl.register("linear_hdpo_loss", "torch", _rows.TORCH)
+_impl.register("linear_hdpo_loss", "torch", _torch.ROW_PASS)
 
 
 def run_hdpo_sweep(
     hidden, weight, bias, row, label, live, old_logprob, acc_advantage, tool_advantage,
     ref_logprob, is_weight, n_acc, n_tool, w_acc, w_tool, clip_low, clip_high, dual_clip, kl_coef,
-    entropy_coef, temperature, softcap, logits_dtype, wants, impl, chunk_bytes,
+    entropy_coef, temperature, softcap, logits_dtype, wants, impl, chunk_bytes, group,
 ):  # fmt: skip
     """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `_rows.sweep` over the tokens that
     carry loss. NaN for the other tokens; a gradient that nobody wants is empty.
@@ -83,6 +83,7 @@ def run_hdpo_sweep(
         _rows.Wants(*wants),
         _impl.implementation("linear_hdpo_loss", impl, hidden.device, hidden.dtype),
         chunk_bytes,
+        _rows.Shard.named(group, weight.shape[0]),
     )
     if len(live) < count:
         logprob, entropy = (
@@ -99,14 +100,15 @@ hdpo_sweep = torch.library.custom_op(
     "Tensor? old_logprob, Tensor acc_advantage, Tensor tool_advantage, Tensor? ref_logprob, "
     "Tensor? is_weight, Tensor n_acc, Tensor n_tool, float w_acc, float w_tool, float clip_low, "
     "float clip_high, float? dual_clip, float kl_coef, float entropy_coef, float temperature, "
-    "float? softcap, ScalarType? logits_dtype, bool[] wants, str impl, int? chunk_bytes) "
+    "float? softcap, ScalarType? logits_dtype, bool[] wants, str impl, int? chunk_bytes, "
+    "str? group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @hdpo_sweep.register_fake
 def _(hidden, weight, bias, row, label, *rest):
-    return _rows.fake_sweep(hidden, weight, label, wants=rest[-3])
+    return _ops.fake_sweep(hidden, weight, label, wants=rest[-4])
 
 
 def linear_hdpo_loss(
@@ -118,6 +120,7 @@ def linear_hdpo_loss(
     bias: Tensor | None = None,
     impl: str = "auto",
     chunk_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, HDPOStats]:
     """The HDPO loss of hidden [T, H] under the head weight [V, H], bias [V]: (loss 0-d, stats).
 
@@ -138,6 +141,10 @@ def linear_hdpo_loss(
     The first ratio: logprobs from `linear_logprobs` with the same head and options equal, bitwise
     on the CPU, those that this function computes from unchanged weights.
 
+    process_group: the head is cut over the vocabulary. Every rank passes its rows of weight and
+    bias, equally many and in the order of the ranks, and otherwise the same arguments; all get the
+    whole loss and d_hidden (already summed), each the gradient of its own rows.
+
     On a GPU, finding the tokens that carry loss is one synchronisation, and none for targets that
     came there by `HDPOTargets.to`. Raises ValueError where shapes, dtypes, devices or (on the CPU)
     ranges disagree, RuntimeError where impl cannot run here.
@@ -146,10 +153,11 @@ def linear_hdpo_loss(
         raise ValueError("expected targets.label [S], got None")
     hidden, _ = _rows.flatten_batch(hidden, targets.label, targets.row)
     head = _rows.Head(weight, bias, config.temperature, config.softcap, config.logits_dtype)
-    _rows.check_head(hidden, head, targets.label, targets.row)
-    targets.validate(hidden.shape[0], weight.shape[0], hidden.device)
+    group, parts = _ops.group_of(process_group)
+    _rows.check_head(hidden, head, targets.label, targets.row, parts=parts)
+    targets.validate(hidden.shape[0], parts * weight.shape[0], hidden.device)
     if config.ratio == "sequence":
-        return _by_sequence(hidden, head, targets, config, impl, chunk_bytes)
+        return _by_sequence(hidden, head, targets, config, impl, chunk_bytes, group)
     wants = _rows.Wants.of(hidden, head)
     with torch.no_grad():
         logprob, entropy, *grads = hdpo_sweep(
@@ -159,12 +167,12 @@ def linear_hdpo_loss(
             as_count(targets.n_acc, hidden.device), as_count(targets.n_tool, hidden.device),
             config.w_acc, config.w_tool, config.clip_low, config.clip_high, config.dual_clip,
             config.kl_coef, config.entropy_coef, config.temperature, config.softcap,
-            config.logits_dtype, list(wants), impl, chunk_bytes,
+            config.logits_dtype, list(wants), impl, chunk_bytes, group,
         )  # fmt: skip
     loss, stats = hdpo_loss(logprob, targets, config, entropy)
     if any(wants):
         grads = (g if wanted else None for g, wanted in zip(grads, wants, strict=True))
-        loss = _rows.GradientInForward.apply(loss, hidden, weight, bias, *grads)
+        loss = _ops.GradientInForward.apply(loss, hidden, weight, bias, *grads)
     return loss, stats
 
 
@@ -175,19 +183,20 @@ def _by_sequence(
     config: HDPOConfig,
     impl: str,
     chunk_bytes: int | None,
+    group: str | None,
 ) -> tuple[Tensor, HDPOStats]:
     """The loss where a token's ratio waits for its whole response."""
     live = None if torch.compiler.is_compiling() else targets.live_index(config)
     if live is None or len(live) == targets.label.numel():
-        logprob, entropy = _rows.recompute(
-            hidden, head, targets.label, targets.row, "linear_hdpo_loss", impl, chunk_bytes
+        logprob, entropy = _ops.recompute(
+            hidden, head, targets.label, targets.row, "linear_hdpo_loss", impl, chunk_bytes, group
         )
         return hdpo_loss(logprob, targets, config, entropy)
     if targets.row is None:
         targets = replace(targets, row=torch.arange(len(targets.label), device=hidden.device))
     active = targets.take(live)
-    logprob, entropy = _rows.recompute(
-        hidden, head, active.label, active.row, "linear_hdpo_loss", impl, chunk_bytes
+    logprob, entropy = _ops.recompute(
+        hidden, head, active.label, active.row, "linear_hdpo_loss", impl, chunk_bytes, group
     )
     loss, stats = hdpo_loss(logprob, active, config, entropy)
     spread = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _rows, _triton
+from metis_kernels import _impl, _ops, _rows, _torch, _triton
 from metis_kernels.hdpo import inverse_count
 
 IGNORE_INDEX = -100
@@ -44,7 +44,7 @@ def linear_logprobs_ref(
 
 for _operator in ("linear_logprobs", "linear_cross_entropy"):
     _impl.register(_operator, "triton", _triton.ROW_PASS, _triton.unavailable)
-    _impl.register(_operator, "torch", _rows.TORCH)
+    _impl.register(_operator, "torch", _torch.ROW_PASS)
 
 
 def linear_logprobs(
@@ -59,6 +59,7 @@ def linear_logprobs(
     logits_dtype: torch.dtype | None = None,
     impl: str = "auto",
     chunk_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) of label [S] under softmax(hidden[row] @ weight.T + bias), fp32 each.
 
@@ -66,15 +67,17 @@ def linear_logprobs(
     row [S] integers; without row, token s belongs to row s. hidden [B, T, H] with label [B, T] and
     no row gives [B, T]. Both outputs are differentiable in hidden, weight and bias. Options and
     precision as in `linear_hdpo_loss`. A token whose logprob is not finite passes no gradient on:
-    its logprob is the report. Raises ValueError where shapes, dtypes, devices or (on the CPU)
-    ranges disagree, RuntimeError where impl cannot run here.
+    its logprob is the report. process_group: a head cut over the vocabulary, as there. Raises
+    ValueError where shapes, dtypes, devices or (on the CPU) ranges disagree, RuntimeError where
+    impl cannot run here.
     """
     shape = label.shape
     hidden, label = _rows.flatten_batch(hidden, label, row)
     head = _rows.Head(weight, bias, temperature, softcap, logits_dtype)
-    _rows.check_head(hidden, head, label, row)
-    logprob, entropy = _rows.recompute(
-        hidden, head, label, row, "linear_logprobs", impl, chunk_bytes
+    group, parts = _ops.group_of(process_group)
+    _rows.check_head(hidden, head, label, row, parts=parts)
+    logprob, entropy = _ops.recompute(
+        hidden, head, label, row, "linear_logprobs", impl, chunk_bytes, group
     )
     return logprob.view(shape), entropy.view(shape)
 
@@ -92,6 +95,7 @@ def linear_cross_entropy(
     logits_dtype: torch.dtype | None = None,
     impl: str = "auto",
     chunk_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """-1 / n * sum of the logprobs of label [S], 0-d: the loss of supervised fine-tuning.
 
@@ -104,7 +108,8 @@ def linear_cross_entropy(
     """
     hidden, label = _rows.flatten_batch(hidden, label, row)
     head = _rows.Head(weight, bias, temperature, softcap, logits_dtype)
-    _rows.check_head(hidden, head, label, row, ignored=IGNORE_INDEX)
+    group, parts = _ops.group_of(process_group)
+    _rows.check_head(hidden, head, label, row, ignored=IGNORE_INDEX, parts=parts)
     if n is None:
         n = (label != IGNORE_INDEX).sum()
     if isinstance(n, Tensor):
@@ -116,13 +121,13 @@ def linear_cross_entropy(
 
     wants = _rows.Wants.of(hidden, head)
     with torch.no_grad():
-        logprob, _, *grads = _rows.row_sweep(
+        logprob, _, *grads = _ops.row_sweep(
             hidden, weight, bias, row, label, (-scale).expand(label.shape), None, IGNORE_INDEX,
             temperature, softcap, logits_dtype, list(wants), "linear_cross_entropy", impl,
-            chunk_bytes,
+            chunk_bytes, group,
         )  # fmt: skip
     loss = torch.where(scale > 0, -logprob.sum() * scale, 0)
     if any(wants):
         grads = (g if wanted else None for g, wanted in zip(grads, wants, strict=True))
-        loss = _rows.GradientInForward.apply(loss, hidden, weight, bias, *grads)
+        loss = _ops.GradientInForward.apply(loss, hidden, weight, bias, *grads)
     return loss

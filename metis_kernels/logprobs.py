@@ -6,6 +6,9 @@ float64 logits, else float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -76,106 +79,121 @@ def backward_kernel(
     )  # fmt: skip
 
 
-class TritonLogProbs(torch.autograd.Function):
-    """One launch each way. Logits whose columns do not lie side by side are copied first."""
+class Halves(NamedTuple):
+    """An implementation: both on logits [S, V] and label [S].
 
-    @staticmethod
-    def forward(ctx, logits, label, temperature):
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        logprob, entropy, peak, log_total = (
-            torch.empty(len(label), dtype=torch.float32, device=logits.device) for _ in range(4)
-        )
-        block, warps = _triton.row_config(logits.shape[1], logits.dtype)
-        if len(label):
-            forward_kernel[(len(label),)](
-                logits, label, logprob, entropy, peak, log_total, logits.stride(0),
-                logits.shape[1], 1 / temperature, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
-        ctx.save_for_backward(logits, label, entropy, peak, log_total)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_logprob, d_entropy):
-        logits, label, entropy, peak, log_total = ctx.saved_tensors
-        if d_logprob is None and d_entropy is None:
-            return None, None, None
-        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        block, warps = _triton.row_config(logits.shape[1], logits.dtype)
-        g, h = (peak if x is None else x.contiguous() for x in (d_logprob, d_entropy))
-        if len(label):
-            backward_kernel[(len(label),)](
-                logits, d_logits, label, entropy, peak, log_total, g, h, logits.stride(0),
-                d_logits.stride(0), logits.shape[1], 1 / ctx.temperature,
-                HAS_G=d_logprob is not None, HAS_ENTROPY=d_entropy is not None,
-                BLOCK=block, num_warps=warps,
-            )  # fmt: skip
-        return d_logits, None, None
-
-
-# ---- torch ---------------------------------------------------------------------------------------
-
-
-class LogProbs(torch.autograd.Function):
-    """Keeps the logits (which exist anyway) and three numbers per token; works chunk by chunk.
+    forward(logits, label, temperature) -> (logprob, entropy, peak, log_total), [S] each
+    backward(logits, label, entropy, peak, log_total, g, h, temperature) -> d_logits [S, V]; g and
+    h, the gradients with respect to logprob and entropy, are [S] or None
 
     The two halves of the log-sum-exp stay apart: their sum is rounded at the size of the logits,
     and that error would be in every probability of the row.
     """
 
-    @staticmethod
-    def forward(ctx, logits, label, temperature):
-        work = torch.promote_types(logits.dtype, torch.float32)
-        logprob, entropy, peak, log_totals = (
-            torch.empty(len(label), dtype=work, device=logits.device) for _ in range(4)
-        )
-        for part in _chunks(logits):
-            scaled = logits[part].to(work) / temperature
-            top = scaled.amax(1, keepdim=True)
-            shifted = scaled.sub_(top)
-            chosen = shifted.gather(1, label[part].unsqueeze(1)).squeeze(1)
-            shifted.clamp_(min=_FLOOR)
-            probs = shifted.exp()
-            total = _row_sum(probs)
-            log_total = total.log()
-            logprob[part] = chosen - log_total
-            entropy[part] = log_total - _row_sum(probs.mul_(shifted)) / total
-            peak[part], log_totals[part] = top.squeeze(1), log_total
-        ctx.save_for_backward(logits, label, peak, log_totals, entropy)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., Tensor]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_logprob, d_entropy):
-        logits, label, peak, log_totals, entropy = ctx.saved_tensors
-        if d_logprob is None and d_entropy is None:
-            return None, None, None
-        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for part in _chunks(logits):
-            log_p = logits[part].to(peak.dtype) / ctx.temperature
-            log_p = log_p.sub_(peak[part].unsqueeze(1)).sub_(log_totals[part].unsqueeze(1))
-            probs = log_p.clamp_(min=_FLOOR).exp()
-            idle = torch.ones_like(peak[part], dtype=torch.bool)
-            slope = torch.zeros_like(peak[part]).unsqueeze(1)
-            if d_logprob is not None:
-                g = d_logprob[part]
-                idle &= g == 0
-                slope = slope - g.unsqueeze(1)
-            if d_entropy is not None:
-                h = d_entropy[part]
-                idle &= h == 0
-                slope = slope - h.unsqueeze(1) * log_p.add_(entropy[part].unsqueeze(1))
-            probs.mul_(slope)
-            if d_logprob is not None:
-                probs.scatter_add_(1, label[part].unsqueeze(1), g.unsqueeze(1))
-            # A token that nobody asks about has no gradient, even where its logits are NaN.
-            probs.div_(ctx.temperature).masked_fill_(idle.unsqueeze(1), 0)
-            d_logits[part] = probs
-        return d_logits, None, None
+
+def forward_triton(
+    logits: Tensor, label: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _side_by_side(logits)
+    sums = tuple(
+        torch.empty(len(label), dtype=torch.float32, device=logits.device) for _ in range(4)
+    )
+    block, warps = _triton.row_config(logits.shape[1], logits.dtype)
+    if len(label):
+        forward_kernel[(len(label),)](
+            logits, label, *sums, logits.stride(0), logits.shape[1], 1 / temperature,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return sums
+
+
+def backward_triton(
+    logits: Tensor,
+    label: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    g: Tensor | None,
+    h: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    logits = _side_by_side(logits)
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    block, warps = _triton.row_config(logits.shape[1], logits.dtype)
+    upstream = (peak if x is None else x.contiguous() for x in (g, h))
+    if len(label):
+        backward_kernel[(len(label),)](
+            logits, d_logits, label, entropy, peak, log_total, *upstream, logits.stride(0),
+            d_logits.stride(0), logits.shape[1], 1 / temperature,
+            HAS_G=g is not None, HAS_ENTROPY=h is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return d_logits
+
+
+def _side_by_side(logits: Tensor) -> Tensor:
+    """logits, copied where the columns of a row do not lie next to one another."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def forward_torch(
+    logits: Tensor, label: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chunk by chunk: no second copy of the logits in fp32."""
+    work = torch.promote_types(logits.dtype, torch.float32)
+    logprob, entropy, peak, log_totals = (
+        torch.empty(len(label), dtype=work, device=logits.device) for _ in range(4)
+    )
+    for part in _chunks(logits):
+        scaled = logits[part].to(work) / temperature
+        top = scaled.amax(1, keepdim=True)
+        shifted = scaled.sub_(top)
+        chosen = shifted.gather(1, label[part].unsqueeze(1)).squeeze(1)
+        shifted.clamp_(min=_FLOOR)
+        probs = shifted.exp()
+        total = _row_sum(probs)
+        log_total = total.log()
+        logprob[part] = chosen - log_total
+        entropy[part] = log_total - _row_sum(probs.mul_(shifted)) / total
+        peak[part], log_totals[part] = top.squeeze(1), log_total
+    return logprob, entropy, peak, log_totals
+
+
+def backward_torch(
+    logits: Tensor,
+    label: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    g: Tensor | None,
+    h: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for part in _chunks(logits):
+        log_p = logits[part].to(peak.dtype) / temperature
+        log_p = log_p.sub_(peak[part].unsqueeze(1)).sub_(log_total[part].unsqueeze(1))
+        probs = log_p.clamp_(min=_FLOOR).exp()
+        idle = torch.ones_like(peak[part], dtype=torch.bool)
+        slope = torch.zeros_like(peak[part]).unsqueeze(1)
+        if g is not None:
+            idle &= g[part] == 0
+            slope = slope - g[part].unsqueeze(1)
+        if h is not None:
+            idle &= h[part] == 0
+            slope = slope - h[part].unsqueeze(1) * log_p.add_(entropy[part].unsqueeze(1))
+        probs.mul_(slope)
+        if g is not None:
+            probs.scatter_add_(1, label[part].unsqueeze(1), g[part].unsqueeze(1))
+        # A token that nobody asks about has no gradient, even where its logits are NaN.
+        probs.div_(temperature).masked_fill_(idle.unsqueeze(1), 0)
+        d_logits[part] = probs
+    return d_logits
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -193,8 +211,64 @@ def _row_sum(x: Tensor) -> Tensor:
     return x.sum(1) if len(x) != 1 else x.expand(2, -1).sum(1)[:1]
 
 
-_impl.register("logprobs", "triton", TritonLogProbs.apply, _triton.unavailable)
-_impl.register("logprobs", "torch", LogProbs.apply)
+_impl.register("logprobs", "triton", Halves(forward_triton, backward_triton), _triton.unavailable)
+_impl.register("logprobs", "torch", Halves(forward_torch, backward_torch))
+
+
+# ---- operators, autograd -------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "metis_kernels::logprobs",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor label, float temperature, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def logprobs_op(logits, label, temperature, impl):
+    halves = _impl.implementation("logprobs", impl, logits.device, logits.dtype)
+    return halves.forward(logits, label, temperature)
+
+
+@logprobs_op.register_fake
+def _(logits, label, temperature, impl):
+    work = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty(label.shape, dtype=work) for _ in range(4))
+
+
+@torch.library.custom_op(
+    "metis_kernels::logprobs_backward",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor label, Tensor entropy, Tensor peak, Tensor log_total, "
+    "Tensor? g, Tensor? h, float temperature, str impl) -> Tensor",
+)
+def logprobs_backward_op(logits, label, entropy, peak, log_total, g, h, temperature, impl):
+    halves = _impl.implementation("logprobs", impl, logits.device, logits.dtype)
+    return halves.backward(logits, label, entropy, peak, log_total, g, h, temperature)
+
+
+@logprobs_backward_op.register_fake
+def _(logits, *rest):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+class LogProbs(torch.autograd.Function):
+    """Keeps the logits, which exist anyway, and three numbers per token."""
+
+    @staticmethod
+    def forward(ctx, logits, label, temperature, impl):
+        logprob, entropy, peak, log_total = logprobs_op(logits, label, temperature, impl)
+        ctx.save_for_backward(logits, label, entropy, peak, log_total)
+        ctx.options = temperature, impl
+        ctx.set_materialize_grads(False)
+        return logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logprob, d_entropy):
+        if d_logprob is None and d_entropy is None:
+            return None, None, None, None
+        given = (*ctx.saved_tensors, d_logprob, d_entropy, *ctx.options)
+        return logprobs_backward_op(*given), None, None, None
 
 
 def logprobs(
@@ -223,7 +297,6 @@ def logprobs(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
     check_range("label", label, logits.shape[-1], "entries of the vocabulary")
-    run = _impl.implementation("logprobs", impl, logits.device, logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1])
-    logprob, entropy = run(flat, label.reshape(-1).long(), temperature)
+    logprob, entropy = LogProbs.apply(flat, label.reshape(-1).long(), float(temperature), impl)
     return logprob.view(label.shape), entropy.view(label.shape)

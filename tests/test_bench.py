@@ -2,7 +2,20 @@
 
 import json
 
-from bench import bench_demo, render
+import pytest
+import torch
+
+from bench import (
+    bench_advantages,
+    bench_demo,
+    bench_linear_hdpo,
+    bench_logprobs,
+    harness,
+    providers,
+    render,
+    shapes,
+)
+from bench.shapes import Case
 
 
 def test_the_readme_is_not_stale():
@@ -22,3 +35,71 @@ def test_a_bar_can_be_missed():
     summary = record["runs"][0]
     worse = summary | {"final": summary["final"] | {"redundant_rate": 0.2, "missed_rate": 0.3}}
     assert bench_demo.missed_bars(worse) == ["redundant calls <= 0.05", "missed calls <= 0.10"]
+
+
+# ---- the measuring itself ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One case that takes no time, and no memory probe in a process of its own."""
+    monkeypatch.setitem(shapes.HEADS, "tiny", (16, 97))
+    monkeypatch.setattr(bench_linear_hdpo, "peak", lambda *_: 0)
+    return Case("tiny", 64, dtype="float32", providers=("ours", "ours torch", "torch eager"))
+
+
+def test_providers_are_held_against_float64_and_timed(tiny):
+    records = bench_linear_hdpo.run_case(tiny, rounds=2)
+    assert [r["provider"] for r in records] == ["products", *tiny.providers]
+    for record in records:
+        assert record["median_ms"] > 0 and record["of_floor"] > 0 and record["tflops"] > 0
+    assert all(record["gradient_error"] < 1e-5 for record in records[1:])
+
+
+def test_what_is_wrong_is_not_timed_and_what_is_absent_has_a_reason(tiny, monkeypatch):
+    def wrong():
+        return lambda p: 1.01 * providers.dense(p)
+
+    def absent():
+        import no_such_library  # noqa: F401
+
+    monkeypatch.setitem(providers._BUILDERS, "wrong", ("hdpo", wrong))
+    monkeypatch.setitem(providers._BUILDERS, "absent", ("ce", absent))
+    case = Case("tiny", 64, dtype="float32", providers=("wrong", "absent", "ours"))
+    _, first, second, mine = bench_linear_hdpo.run_case(case, rounds=2)
+    assert "median_ms" not in first and "1.0e-02 off float64's" in first["skipped"]
+    assert "median_ms" not in second and "no_such_library" in second["skipped"]
+    assert "median_ms" in mine
+
+
+def test_the_tokens_that_carry_loss_are_what_the_floor_counts(tiny):
+    given = providers.Problem.make(64, 16, 97, torch.float32, "cpu", active=0.25, length=8)
+    assert given.active.sum() == 16 and (given.ignoring_label != providers.IGNORED).sum() == 16
+    assert given.head(8).label.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "key", "count"),
+    [
+        (bench_logprobs, ["--tokens", "32", "--vocab", "97"], "logprobs", 3),
+        (bench_advantages, ["--rollouts", "32"], "advantages", 1),
+    ],
+)
+def test_the_other_benchmarks_run_here(module, flags, key, count, tmp_path, monkeypatch):
+    out = tmp_path / "here.json"
+    monkeypatch.setattr("sys.argv", ["bench", *flags, "--rounds", "2", "--out", str(out)])
+    module.main()
+    entry = json.loads(out.read_text())[key]
+    assert len(entry["records"]) >= count and all(r["median_ms"] > 0 for r in entry["records"])
+    assert entry["stamp"]["torch"] == torch.__version__
+
+
+def test_results_of_other_benchmarks_stay(tmp_path):
+    path = tmp_path / "here.json"
+    harness.write(path, "one", [{"x": 1}])
+    harness.write(path, "two", [{"x": 2}])
+    harness.write(path, "one", [{"x": 3}])
+    assert {k: v["records"] for k, v in json.loads(path.read_text()).items()} == {
+        "one": [{"x": 3}],
+        "two": [{"x": 2}],
+    }

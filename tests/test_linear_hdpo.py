@@ -26,7 +26,8 @@ from metis_kernels import (
     linear_hdpo_loss,
     linear_logprobs,
 )
-from metis_kernels._rows import ROW_TILE, run_row_sweep
+from metis_kernels._ops import run_row_sweep
+from metis_kernels._rows import ROW_TILE
 from metis_kernels.hdpo import hdpo_coefficient
 from metis_kernels.linear_hdpo import linear_hdpo_ref, run_hdpo_sweep
 

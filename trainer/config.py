@@ -61,7 +61,7 @@ class SFTConfig(Section):
     direct_share: float = Field(0.06, ge=0, le=1)
     """Share of demonstrations, of the kinds that can be answered without a tool, that do so. With
     none at all there is nothing for RL to discover."""
-    steps: int = Field(160, ge=0)
+    steps: int = Field(200, ge=0)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(10, ge=0)
@@ -102,7 +102,7 @@ LossConfig = create_model(
 
 
 class RLConfig(Section):
-    steps: int = Field(80, ge=0)
+    steps: int = Field(100, ge=0)
     prompts: int = Field(8, ge=1)
     """Questions of a step."""
     group_size: int = Field(16, ge=1)

@@ -19,6 +19,14 @@ def test_the_mix_is_a_distribution_with_both_needs():
     assert needed == pytest.approx(0.54)
 
 
+def test_the_mix_holds_among_any_few_questions_in_a_row():
+    kinds = [draft("train", n).question.kind for n in range(400)]
+    for name, kind in KINDS.items():
+        for start in range(0, 400, 25):
+            assert abs(kinds[start : start + 25].count(name) - 25 * kind.share) < 2
+        assert abs(kinds.count(name) - 400 * kind.share) < 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_question_is_a_function_of_split_and_index(kind):
     first, again = draft("train", 7, kind), draft("train", 7, kind)

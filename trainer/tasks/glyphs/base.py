@@ -22,12 +22,12 @@ from PIL.Image import Image
 
 from metis_kernels import linear_cross_entropy
 from trainer.batch import collate
-from trainer.chat import find_call, system_prompt, turn_text
+from trainer.chat import find_answer, find_call, system_prompt, turn_text
 from trainer.engines.hf import HFEngine
 from trainer.model import IMAGE_TOKEN, VisionLanguageModel, optimizer_step
 from trainer.rollout import Player
 from trainer.tasks.glyphs import scene, tools
-from trainer.tasks.glyphs.demonstrations import Script, first_thought
+from trainer.tasks.glyphs.demonstrations import Script
 from trainer.tasks.glyphs.questions import BOARD_SHARES, KINDS, draft
 from trainer.tasks.glyphs.world import (
     BEACONS,
@@ -291,9 +291,16 @@ def _lesson(rng: np.random.Generator, board: scene.Board | None) -> tuple[str, s
 
 
 def _direct(kind: str, answer: str) -> str:
-    """An answer from sight, arithmetic or memory, in the words that the cold start uses too."""
-    thought = "".join(text for text, _ in first_thought(kind, answer, answer))
-    return turn_text(thought, answer="unknown" if thought == "I do not know." else answer)
+    """An answer from sight, arithmetic or memory, in words that say how sure it is.
+
+    Not in all the words of the cold start: there a guess ends in "?", and a model that has learned
+    here to answer behind that mark goes on to guess (LOG.md).
+    """
+    if kind in ("glyph_large", "sum_easy", "fact_known"):
+        return turn_text(f"It is {answer}.", answer=answer)
+    if kind == "glyph_medium":
+        return turn_text(f"It may be {answer}.", answer=answer)
+    return turn_text("I do not know.", answer="unknown")
 
 
 def _told(rng: np.random.Generator) -> tuple[str, str]:
@@ -353,13 +360,14 @@ def encode_lesson(vlm: VisionLanguageModel, image: Image, turns: list[tuple[str,
 
 WARMUP, COOLDOWN = 50, 100
 """Steps over which the learning rate rises at first, and falls at the end."""
+GUESSED, TOLD = 0.5, 0.82
+"""Shares of medium digits, and of questions after a text that answers them, that are answered right
+when the end begins."""
 
 
-def pretrain(
-    vlm: VisionLanguageModel, guess: float, steps: int, batch: int, lr: float, seed: int
-) -> None:
-    """Trains until medium digits are read right by itself in a share of `guess`, then lets the rate
-    fall: the end is a skill and not a step, for at which step a model learns to see is luck.
+def pretrain(vlm: VisionLanguageModel, steps: int, batch: int, lr: float, seed: int) -> None:
+    """Trains until the model guesses and listens well enough, then lets the rate fall. The end is a
+    skill and not a step, for at which step a model learns to see is luck.
 
     Raises TrainingError where that has not come about after `steps`.
     """
@@ -374,20 +382,35 @@ def pretrain(
         left = 1.0 if last is None else 0.05 + 0.95 * (last - step) / COOLDOWN
         optimizer_step(vlm.model, optimizer, lr * min(1.0, step / WARMUP) * left, 1.0)
         if step % 25 == 0:
-            right = right_by_itself(vlm)["glyph_medium"]
+            guessed, told = right_by_itself(vlm)["glyph_medium"], right_when_told(vlm)
             print(
-                f"{step} loss {loss.item():.3f}, medium digits {right:.0%}, "
+                f"{step} loss {loss.item():.3f}, medium digits {guessed:.0%}, told {told:.0%}, "
                 f"{time.time() - start:.0f} s",
                 flush=True,
             )
-            if last is None and right >= guess:
+            if last is None and guessed >= GUESSED and told >= TOLD:
                 last = step + COOLDOWN
         if step == last:
             return
     raise TrainingError(
-        f"after {steps} steps medium digits are not read right in {guess:.0%} of cases: "
-        "try another --seed"
+        f"after {steps} steps not {GUESSED:.0%} of the medium digits are read right and {TOLD:.0%} "
+        "of what is told understood: try another --seed"
     )
+
+
+def right_when_told(vlm: VisionLanguageModel, count: int = 200) -> float:
+    """Share of right answers to questions after a text that answers them, or does not."""
+    rng = np.random.default_rng(99)
+    sequences, answers = [], []
+    for _ in range(count):
+        image = scene.draw_board(rng, BOARD_SHARES).image
+        question, answer = _told(rng)
+        opening = encode_lesson(vlm, image, [(question, "")])
+        sequences.append((opening.ids[: opening.policy.index(True)], [image]))
+        answers.append(find_answer(answer))
+    turns = HFEngine(vlm, temperature=0).generate(sequences, [(0,)] * count, 32)
+    said = (find_answer(vlm.tokenizer.decode(turn.ids)) for turn in turns)
+    return sum(a == b for a, b in zip(said, answers, strict=True)) / count
 
 
 def right_by_itself(
@@ -406,17 +429,16 @@ def right_by_itself(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--guess", type=float, default=0.5, help="skill that ends it; see pretrain")
-    parser.add_argument("--steps", type=int, default=1500, help="at most")
+    parser.add_argument("--steps", type=int, default=1500, help="at most; see pretrain")
     parser.add_argument("--batch", type=int, default=64, help="lessons a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     vlm = new_model(learn_tokenizer(texts_of_the_task(tools.toolbox()), VOCABULARY))
     count = sum(weight.numel() for weight in vlm.model.parameters())
     print(f"{count / 1e6:.2f} million parameters, {len(vlm.tokenizer)} tokens")
-    pretrain(vlm, args.guess, args.steps, args.batch, args.lr, args.seed)
+    pretrain(vlm, args.steps, args.batch, args.lr, args.seed)
     vlm.save(args.out, dtype=torch.bfloat16)
     for kind, share in right_by_itself(vlm, list(KINDS)).items():
         print(f"{kind:13} {share:.0%} right by itself")

@@ -1,0 +1,44 @@
+"""The heads of real models, and the cases that are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADS = {
+    "Qwen3-VL-2B": (2048, 151_936),
+    "Qwen3-VL-8B": (4096, 151_936),
+    "Qwen3-VL-32B": (5120, 151_936),
+    "Llama-3.1-8B": (4096, 128_256),
+    "small": (256, 32_000),
+}
+"""model -> (H, V)"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of `bench.bench_linear_hdpo`."""
+
+    head: str = "Qwen3-VL-8B"
+    tokens: int = 8192
+    active: float = 1.0
+    """Share of the tokens that carry loss."""
+    frozen: bool = False
+    """The head wants no gradient."""
+    dtype: str = "bfloat16"
+    providers: tuple[str, ...] | None = None
+    """None: all there are."""
+
+
+_MINE = ("ours",)
+GPU = (
+    Case(),
+    Case(tokens=16_384, providers=_MINE),
+    *(Case(active=share, providers=_MINE) for share in (0.5, 0.3, 0.1)),
+    Case(frozen=True, providers=_MINE),
+    *(Case(head=head, providers=_MINE) for head in ("Qwen3-VL-2B", "Qwen3-VL-32B", "Llama-3.1-8B")),
+)
+_HERE = ("ours", "torch eager", "torch F.linear_cross_entropy")
+CPU = (
+    Case("small", 512, dtype="float32", providers=_HERE),
+    Case("small", 512, active=0.5, dtype="float32", providers=_HERE),
+)

@@ -1,0 +1,162 @@
+"""The loop of _rows.py as operators of torch, and the autograd functions around them.
+
+A leaf: it imports torch, _rows and _impl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metis_kernels import _impl
+from metis_kernels._rows import Given, Head, Shard, Wants, sweep
+
+
+def group_of(process_group: torch.distributed.ProcessGroup | None) -> tuple[str | None, int]:
+    """(name, how many ranks) of a group over which a head is cut: an operator takes no object."""
+    if process_group is None:
+        return None, 1
+    return process_group.group_name, process_group.size()
+
+
+def run_row_sweep(
+    hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
+    logits_dtype, wants, operator, impl, chunk_bytes, group,
+):  # fmt: skip
+    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `sweep` with gradients [S] that are
+    known beforehand, over the tokens whose label is not `ignored`; the others have zeros.
+    `row_sweep` is it as one opaque operator, so that a compiled caller sees no chunks. A gradient
+    that nobody wants is empty.
+    """
+    count, real = label.numel(), None
+    if ignored is not None:
+        real = (label != ignored).nonzero().flatten()
+        if len(real) < count:
+            row = real if row is None else row.index_select(0, real)
+            label = label.index_select(0, real)
+    given = None if logprob_grad is None else Given(logprob_grad, entropy_grad)
+    if given is not None and real is not None and len(real) < count:
+        given = given.take(real)
+    logprob, entropy, grads = sweep(
+        hidden,
+        Head(weight, bias, temperature, softcap, logits_dtype),
+        label,
+        row,
+        given,
+        Wants(*wants),
+        _impl.implementation(operator, impl, hidden.device, hidden.dtype),
+        chunk_bytes,
+        Shard.named(group, weight.shape[0]),
+    )
+    if real is not None and len(real) < count:
+        logprob, entropy = (x.new_zeros(count).index_copy(0, real, x) for x in (logprob, entropy))
+    return logprob, entropy, *(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+row_sweep = torch.library.custom_op(
+    "metis_kernels::row_sweep",
+    run_row_sweep,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? row, Tensor label, "
+    "Tensor? logprob_grad, Tensor? entropy_grad, int? ignored, float temperature, float? softcap, "
+    "ScalarType? logits_dtype, bool[] wants, str operator, str impl, int? chunk_bytes, "
+    "str? group) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def fake_sweep(
+    hidden: Tensor, weight: Tensor, label: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What a sweep's operator returns, by shape and dtype."""
+    work = torch.promote_types(weight.dtype, torch.float32)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    gradients = (
+        hidden.new_empty(shape, dtype=work) if wanted else hidden.new_empty(0)
+        for shape, wanted in zip(shapes, wants, strict=True)
+    )
+    return *(hidden.new_empty(label.shape, dtype=work) for _ in range(2)), *gradients
+
+
+@row_sweep.register_fake
+def _(hidden, weight, bias, row, label, *rest):
+    return fake_sweep(hidden, weight, label, wants=rest[6])
+
+
+class GradientInForward(torch.autograd.Function):
+    """Hangs gradients that the forward has already computed onto a loss.
+
+    Backward multiplies them with the upstream gradient and rounds them, in one pass.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, hidden, weight, bias, d_hidden, d_weight, d_bias):
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtype = hidden.dtype
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        scaled = (_rounded(g, ctx.dtype, upstream) for g in ctx.saved_tensors)
+        return None, *scaled, None, None, None
+
+
+class Recompute(torch.autograd.Function):
+    """(logprob [S], entropy [S]) with logits in neither forward's nor backward's memory."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, row, label, options):
+        ctx.save_for_backward(hidden, weight, bias, row, label)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        given = (hidden, weight, bias, row, label, None, None, None)
+        logprob, entropy, *_ = row_sweep(*given, *options[:3], [False] * 3, *options[3:])
+        return logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logprob, d_entropy):
+        if d_logprob is None and d_entropy is None:
+            return (None,) * 6
+        if d_logprob is None:
+            d_logprob = torch.zeros_like(d_entropy)
+        wants = list(ctx.needs_input_grad[:3])
+        given = (*ctx.saved_tensors, d_logprob, d_entropy, None)
+        _, _, *grads = row_sweep(*given, *ctx.options[:3], wants, *ctx.options[3:])
+        dtype = ctx.saved_tensors[0].dtype
+        grads = (g.to(dtype) if wanted else None for g, wanted in zip(grads, wants, strict=True))
+        return *grads, None, None, None
+
+
+def recompute(
+    hidden: Tensor,
+    head: Head,
+    label: Tensor,
+    row: Tensor | None,
+    operator: str,
+    impl: str,
+    chunk_bytes: int | None,
+    group: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`Recompute` on checked inputs, with an implementation that is registered for operator."""
+    options = (
+        head.temperature,
+        head.softcap,
+        head.logits_dtype,
+        operator,
+        impl,
+        chunk_bytes,
+        group,
+    )
+    return Recompute.apply(hidden, head.weight, head.bias, row, label, options)
+
+
+def _rounded(gradient: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Tensor | None:
+    """gradient times a 0-d factor in dtype; the product is rounded once, as it is written."""
+    if gradient is None:
+        return None
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.to(gradient.dtype), out=out)
