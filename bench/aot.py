@@ -35,8 +35,8 @@ from metis_kernels.logprobs import backward_kernel, forward_kernel  # noqa: E402
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
     "logits": None, "d_logits": None, "label": "i64", "group": "i64", "correct": "i1",
-    "scored": "i1", "truncated": "i1", "alive": "i1", "qualifies": "i1", "acc_signal": "i1",
-    "tool_signal": "i1",
+    "scored": "i1", "truncated": "i1", "alive": "i1", "live": "i1", "qualifies": "i1",
+    "acc_signal": "i1", "tool_signal": "i1",
 }  # fmt: skip
 """Element type of a `NAME_ptr`; None is the dtype of the logits, what is not named is fp32."""
 INTEGERS = ("V", "N")
@@ -104,6 +104,7 @@ def row_kernels() -> Iterator[Case]:
     ):
         flags = everything if gradient == "hdpo" and entropy else nothing
         constants = dict(GRADIENT=gradient, HAS_SOFTCAP=softcap, HAS_ENTROPY=entropy, BLOCK=block)
+        constants |= dict(HAS_MARK=gradient != "none")
         label = f"row_kernel {gradient}{' entropy' * entropy}{' softcap' * softcap} {block}"
         yield Case(label, _triton.row_kernel, logits, constants | flags, warps)
 
@@ -115,7 +116,7 @@ def halves() -> Iterator[Case]:
         label = f"statistics_kernel{' softcap' * softcap} {block}"
         yield Case(label, _triton.statistics_kernel, logits, constants, warps)
         label = f"gradient_kernel entropy{' softcap' * softcap} {block}"
-        constants |= dict(HAS_ENTROPY=True)
+        constants |= dict(HAS_ENTROPY=True, HAS_MARK=True)
         yield Case(label, _triton.gradient_kernel, logits, constants, warps)
 
 

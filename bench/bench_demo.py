@@ -46,13 +46,14 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--compare", action="store_true", help="the arms instead of the seeds")
+    parser.add_argument("--reuse", action="store_true", help="runs that are complete are kept")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.compare:
         return compare(args)
     summaries, missed = [], []
     for seed in args.seeds:
-        folder = _demo(args.runs, f"bench-demo-{seed}", "--seed", str(seed))
+        folder = _demo(args, f"bench-demo-{seed}", "--seed", str(seed))
         summary = json.loads((folder / "summary.json").read_text())
         summaries.append(summary)
         missed += [f"seed {seed}: {bar}" for bar in missed_bars(summary)]
@@ -66,17 +67,21 @@ def main() -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """The arms from one cold start, that of the first seed."""
-    folder = _demo(args.runs, "bench-compare", "--compare", "--seed", str(args.seeds[0]))
+    folder = _demo(args, "bench-compare", "--compare", "--seed", str(args.seeds[0]))
     _write(args.out / "compare.json", json.loads((folder / "compare.json").read_text()))
     shutil.copy(folder / "pareto.svg", args.out / "pareto.svg")
     return 0
 
 
-def _demo(runs: Path, name: str, *options: str) -> Path:
+def _demo(args: argparse.Namespace, name: str, *options: str) -> Path:
     """`metis demo` -> its run folder."""
+    folder = args.runs / name
+    summary = folder / "summary.json"
+    if args.reuse and summary.exists() and json.loads(summary.read_text())["status"] == "complete":
+        return folder
     command = [sys.executable, "-m", "trainer", "demo", "--name", name, *options]
-    subprocess.run([*command, "--runs", str(runs), "--overwrite"], check=True)
-    return runs / name
+    subprocess.run([*command, "--runs", str(args.runs), "--overwrite"], check=True)
+    return folder
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

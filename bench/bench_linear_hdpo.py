@@ -21,6 +21,7 @@ import torch
 from bench import harness, providers, shapes
 from bench.providers import Problem, Provider
 from bench.shapes import Case
+from metis_kernels import linear_logprobs
 
 GATE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest relative difference (2-norm) of a gradient from float64's at which a provider is timed.
@@ -32,7 +33,9 @@ def problem(case: Case) -> Problem:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, vocab = shapes.HEADS[case.head]
     dtype = getattr(torch, case.dtype)
-    return Problem.make(case.tokens, hidden, vocab, dtype, device, case.active, frozen=case.frozen)
+    return Problem.make(
+        case.tokens, hidden, vocab, dtype, device, case.active, frozen=case.frozen, peak=case.peak
+    )
 
 
 def step(provider: Provider, given: Problem) -> Callable[[], None]:
@@ -84,15 +87,22 @@ def run_case(case: Case, rounds: int) -> list[dict[str, Any]]:
             record["tflops"] = flops / record["median_ms"] / 1e9
             record["peak_bytes"] = peak(case, record["provider"], steps[record["provider"]])
     shape = {"head": case.head, "tokens": case.tokens, "active": case.active}
-    shape |= {"frozen": case.frozen, "dtype": case.dtype}
+    shape |= {"frozen": case.frozen, "dtype": case.dtype, "entropy": entropy(given)}
     return [shape | record for record in records]
+
+
+@torch.no_grad()
+def entropy(given: Problem) -> float:
+    """Mean over the first tokens, in nats."""
+    small = given.head(GATE_TOKENS)
+    return float(linear_logprobs(small.hidden, small.weight, small.label)[1].mean())
 
 
 def peak(case: Case, name: str, run: Callable[[], None]) -> int:
     if torch.cuda.is_available():
         return harness.peak_bytes(run)
     flags = ["--head", case.head, "--tokens", str(case.tokens), "--active", str(case.active)]
-    flags += ["--dtype", case.dtype, *["--frozen"] * case.frozen]
+    flags += ["--dtype", case.dtype, "--peak", str(case.peak), *["--frozen"] * case.frozen]
     return harness.peak_in_subprocess("bench.bench_linear_hdpo", name, flags)
 
 
@@ -100,7 +110,8 @@ def show(records: list[dict[str, Any]]) -> None:
     first = records[0]
     print(
         f"{first['head']}  {first['tokens']} tokens, {first['active']:.0%} active"
-        f"{', head frozen' * first['frozen']}  {first['dtype']}  on {harness.device_name()}"
+        f"{', head frozen' * first['frozen']}  {first['dtype']}, entropy {first['entropy']:.2f}  "
+        f"on {harness.device_name()}"
     )
     for r in records:
         if "median_ms" not in r:
@@ -122,6 +133,7 @@ def main() -> None:
     parser.add_argument("--active", type=float, default=1.0)
     parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--dtype", choices=GATE, default="bfloat16")
+    parser.add_argument("--peak", type=float, default=12.0, help="see bench.providers.Problem.make")
     parser.add_argument("--providers", nargs="+", choices=providers.names())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="JSON file to write the results into")
@@ -130,7 +142,9 @@ def main() -> None:
     suite = shapes.GPU if torch.cuda.is_available() else shapes.CPU
     if args.head:
         chosen = args.providers and tuple(args.providers)
-        suite = (Case(args.head, args.tokens, args.active, args.frozen, args.dtype, chosen),)
+        suite = (
+            Case(args.head, args.tokens, args.active, args.frozen, args.dtype, args.peak, chosen),
+        )
     if args.probe:
         given = problem(suite[0])
         if args.probe == "products":

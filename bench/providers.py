@@ -51,7 +51,10 @@ class Problem:
         cls, tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: str,
         active: float = 1.0, length: int = 256, frozen: bool = False, peak: float = 12.0,
     ) -> Problem:  # fmt: skip
-        """peak: by how much the likeliest logit of a row stands out of noise of about 1."""
+        """peak: by how much the likeliest logit of a row stands out of noise of about 1. At
+        V = 151,936 the mean entropy is 7.6 nats at 12, 2.4 at 14, 1.1 at 15, 0.4 at 16 and 0.1 at
+        17.5. In a real model the runners-up are few and likely, here all others are alike: fewer
+        columns are live here than there (5 % against 6 to 21 %)."""
         length = min(length, tokens)
         gen = torch.Generator(device).manual_seed(0)
 
@@ -150,6 +153,14 @@ def reference(problem: Problem, objective: str) -> Tensor:
 def _ours():
     def run(p: Problem) -> Tensor:
         return linear_hdpo_loss(p.hidden, p.weight, p.targets(), CONFIG)[0]
+
+    return run
+
+
+@provider("ours filtered", "hdpo")
+def _ours_filtered():
+    def run(p: Problem) -> Tensor:
+        return linear_hdpo_loss(p.hidden, p.weight, p.targets(), CONFIG, grad_filter="auto")[0]
 
     return run
 

@@ -25,6 +25,8 @@ class Case:
     frozen: bool = False
     """The head wants no gradient."""
     dtype: str = "bfloat16"
+    peak: float = 12.0
+    """By how much the likeliest logit stands out of noise of about 1; see `Problem.make`."""
     providers: tuple[str, ...] | None = None
     """None: all there are."""
 
@@ -35,6 +37,7 @@ GPU = (
     Case(tokens=16_384, providers=_MINE),
     *(Case(active=share, providers=_MINE) for share in (0.5, 0.3, 0.1)),
     Case(frozen=True, providers=_MINE),
+    *(Case(peak=peak, providers=(*_MINE, "ours filtered")) for peak in (14.0, 15.0, 16.0, 17.5)),
     *(Case(head=head, providers=_MINE) for head in ("Qwen3-VL-2B", "Qwen3-VL-32B", "Llama-3.1-8B")),
 )
 _HERE = ("ours", "torch eager", "torch F.linear_cross_entropy")

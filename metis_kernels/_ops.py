@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metis_kernels import _impl
-from metis_kernels._rows import Given, Head, Shard, Wants, sweep
+from metis_kernels._rows import Filter, Given, Head, Shard, Wants, sweep
 
 
 def group_of(process_group: torch.distributed.ProcessGroup | None) -> tuple[str | None, int]:
@@ -21,9 +21,15 @@ def group_of(process_group: torch.distributed.ProcessGroup | None) -> tuple[str 
     return process_group.group_name, process_group.size()
 
 
+def filter_of(grad_filter: float | str | None) -> tuple[float | None, bool]:
+    """(eps, guarded) of a `Filter`, likewise."""
+    chosen = Filter.of(grad_filter)
+    return (None, False) if chosen is None else (chosen.eps, chosen.guarded)
+
+
 def run_row_sweep(
     hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
-    logits_dtype, wants, operator, impl, chunk_bytes, group,
+    logits_dtype, wants, operator, impl, chunk_bytes, group, eps, guarded,
 ):  # fmt: skip
     """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `sweep` with gradients [S] that are
     known beforehand, over the tokens whose label is not `ignored`; the others have zeros.
@@ -49,6 +55,7 @@ def run_row_sweep(
         _impl.implementation(operator, impl, hidden.device, hidden.dtype),
         chunk_bytes,
         Shard.named(group, weight.shape[0]),
+        None if eps is None else Filter(eps, guarded),
     )
     if real is not None and len(real) < count:
         logprob, entropy = (x.new_zeros(count).index_copy(0, real, x) for x in (logprob, entropy))
@@ -62,7 +69,7 @@ row_sweep = torch.library.custom_op(
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? row, Tensor label, "
     "Tensor? logprob_grad, Tensor? entropy_grad, int? ignored, float temperature, float? softcap, "
     "ScalarType? logits_dtype, bool[] wants, str operator, str impl, int? chunk_bytes, "
-    "str? group) "
+    "str? group, float? eps, bool guarded) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -140,17 +147,11 @@ def recompute(
     impl: str,
     chunk_bytes: int | None,
     group: str | None,
+    grad_filter: float | str | None,
 ) -> tuple[Tensor, Tensor]:
     """`Recompute` on checked inputs, with an implementation that is registered for operator."""
-    options = (
-        head.temperature,
-        head.softcap,
-        head.logits_dtype,
-        operator,
-        impl,
-        chunk_bytes,
-        group,
-    )
+    options = (head.temperature, head.softcap, head.logits_dtype, operator, impl, chunk_bytes)
+    options += (group, *filter_of(grad_filter))
     return Recompute.apply(hidden, head.weight, head.bias, row, label, options)
 
 

@@ -25,6 +25,7 @@ def run(
     label: Tensor,
     head: Head,
     coefficient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None,
+    mark: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     s, slope = _scaled(logits, target, label, head, slope=coefficient is not None)
     chosen = s.gather(1, label.unsqueeze(1)).squeeze(1)
@@ -36,7 +37,7 @@ def run(
     if coefficient is not None:
         g, h = coefficient(logprob, entropy)
         alive = torch.isfinite(logprob)
-        _write(logits, label, head, s, probs, slope, total, entropy, alive, g, h)
+        _write(logits, label, head, s, probs, slope, total, entropy, alive, g, h, mark)
     return logprob, entropy
 
 
@@ -58,10 +59,11 @@ def gradient(
     alive: Tensor,
     g: Tensor,
     h: Tensor | None,
+    mark: tuple[Tensor, float] | None = None,
 ) -> None:
     s, slope = _scaled(logits, target, label, head, slope=True)
     s.sub_(peak.unsqueeze(1)).clamp_(min=FLOOR)
-    _write(logits, label, head, s, s.exp(), slope, log_total.exp(), entropy, alive, g, h)
+    _write(logits, label, head, s, s.exp(), slope, log_total.exp(), entropy, alive, g, h, mark)
 
 
 ROW_PASS = RowPass(run, statistics, gradient, copies=2)
@@ -112,6 +114,7 @@ def _write(
     alive: Tensor,
     g: Tensor,
     h: Tensor | None,
+    mark: tuple[Tensor, float] | None,
 ) -> None:
     """d(logits) in the place of logits; shifted [C, V] is s - peak, probs its exp, total [C] their
     sum. Consumes shifted and probs."""
@@ -129,3 +132,7 @@ def _write(
         probs.mul_(slope)
     probs.div_(head.temperature).masked_fill_(~alive.unsqueeze(1), 0)
     logits.copy_(probs)
+    if mark is not None:
+        live, eps = mark
+        size = g.abs() if h is None else g.abs() + h.abs()
+        live |= (probs.abs_() > eps / head.temperature * size).any(0)

@@ -164,14 +164,21 @@ def statistics_jit(
 @jit
 def gradient_jit(
     row_ptr, out_ptr, target, label, V, g, h, peak, log_total, entropy, alive,
-    inverse_temperature, softcap,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    live_ptr, eps, inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes dL/dz of a row, zeros where it is not alive. With p the softmax of s,
 
     dL/ds_j = g (1[j = label] - p_j) - h p_j (log p_j + entropy)
     dL/dz_j = dL/ds_j / temperature * (1 - tanh(z_j / softcap)^2, where there is a softcap)
+
+    HAS_MARK: notes in live [V] the columns in which it is more than eps of what it could be.
     """
+    if HAS_MARK:
+        bound = eps * inverse_temperature * tl.abs(g)
+        if HAS_ENTROPY:
+            bound += eps * inverse_temperature * tl.abs(h)
     inverse_total = tl.exp(-log_total)
     for back in range(0, V, BLOCK):
         start = (V - 1) // BLOCK * BLOCK - back
@@ -190,6 +197,10 @@ def gradient_jit(
             d = d * (1 - t * t)
         d = tl.where(alive, d, 0.0)
         tl.store(out_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=columns < V)
+        if HAS_MARK:
+            # Every row that marks a column writes the same value there.
+            here = (columns < V) & (tl.abs(d) > bound)
+            tl.store(live_ptr + columns, tl.full((BLOCK,), 1, tl.int1), mask=here)
 
 
 @jit
@@ -247,10 +258,13 @@ def row_kernel(
     g_ptr, h_ptr,
     # GRADIENT "hdpo": [C] each, then 0-d
     old_ptr, acc_ptr, tool_ptr, ref_ptr, is_weight_ptr, scale_acc_ptr, scale_tool_ptr,
-    stride_logits_c, V, inverse_temperature, softcap,
+    # HAS_MARK: [V]
+    live_ptr,
+    stride_logits_c, V, inverse_temperature, softcap, eps,
     w_acc, w_tool, low, high, dual, kl_coef, entropy_coef,
     GRADIENT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_IS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_IS: tl.constexpr, HAS_MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of a chunk; GRADIENT is "none", "given" or "hdpo"."""
     row = tl.program_id(0).to(tl.int64)
@@ -281,7 +295,8 @@ def row_kernel(
         tl.debug_barrier()  # every warp has read the row before any of them writes into it
         gradient_jit(
             row_ptr, row_ptr, target, label, V, g, h, peak, log_total, entropy,
-            finite_jit(logprob), inverse_temperature, softcap, HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+            finite_jit(logprob), live_ptr, eps, inverse_temperature, softcap, HAS_SOFTCAP,
+            HAS_ENTROPY, HAS_MARK, BLOCK,
         )  # fmt: skip
 
 
@@ -308,8 +323,11 @@ def gradient_kernel(
     # [C, V] in place, then [C] each
     logits_ptr, target_ptr, label_ptr, peak_ptr, log_total_ptr, entropy_ptr, alive_ptr,
     g_ptr, h_ptr,
-    stride_logits_c, V, inverse_temperature, softcap,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    # HAS_MARK: [V]
+    live_ptr,
+    stride_logits_c, V, inverse_temperature, softcap, eps,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second half of `row_kernel`."""
     row = tl.program_id(0).to(tl.int64)
@@ -320,8 +338,8 @@ def gradient_kernel(
     gradient_jit(
         row_ptr, row_ptr, tl.load(target_ptr + row), tl.load(label_ptr + row), V,
         tl.load(g_ptr + row), h, tl.load(peak_ptr + row), tl.load(log_total_ptr + row),
-        tl.load(entropy_ptr + row), tl.load(alive_ptr + row), inverse_temperature, softcap,
-        HAS_SOFTCAP, HAS_ENTROPY, BLOCK,
+        tl.load(entropy_ptr + row), tl.load(alive_ptr + row), live_ptr, eps, inverse_temperature,
+        softcap, HAS_SOFTCAP, HAS_ENTROPY, HAS_MARK, BLOCK,
     )  # fmt: skip
 
 
@@ -334,12 +352,14 @@ def run(
     label: Tensor,
     head: Head,
     coefficient: Given | HDPOCoefficient | None,
+    mark: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     logprob, entropy = (torch.empty_like(target) for _ in range(2))
     per_token, scalars, flags = _arguments(coefficient, logprob)
-    _launch(
-        row_kernel, logits, (target, label, logprob, entropy, *per_token), head, *scalars, **flags
-    )
+    live, eps = mark or (logprob, 0.0)
+    given = (target, label, logprob, entropy, *per_token, live)
+    flags |= dict(HAS_MARK=mark is not None)
+    _launch(row_kernel, logits, given, head, eps, *scalars, **flags)
     return logprob, entropy
 
 
@@ -362,10 +382,13 @@ def gradient(
     alive: Tensor,
     g: Tensor,
     h: Tensor | None,
+    mark: tuple[Tensor, float] | None = None,
 ) -> None:
+    live, eps = mark or (g, 0.0)
     given = (target, label, peak, log_total, entropy, alive, g.contiguous())
-    given += (g if h is None else h.contiguous(),)
-    _launch(gradient_kernel, logits, given, head, HAS_ENTROPY=h is not None)
+    given += (g if h is None else h.contiguous(), live)
+    flags = dict(HAS_ENTROPY=h is not None, HAS_MARK=mark is not None)
+    _launch(gradient_kernel, logits, given, head, eps, **flags)
 
 
 ROW_PASS = RowPass(run, statistics, gradient, copies=0)

@@ -60,6 +60,7 @@ def linear_logprobs(
     impl: str = "auto",
     chunk_bytes: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    grad_filter: float | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) of label [S] under softmax(hidden[row] @ weight.T + bias), fp32 each.
 
@@ -67,7 +68,7 @@ def linear_logprobs(
     row [S] integers; without row, token s belongs to row s. hidden [B, T, H] with label [B, T] and
     no row gives [B, T]. Both outputs are differentiable in hidden, weight and bias. Options and
     precision as in `linear_hdpo_loss`. A token whose logprob is not finite passes no gradient on:
-    its logprob is the report. process_group: a head cut over the vocabulary, as there. Raises
+    its logprob is the report. process_group and grad_filter (of the backward) as there. Raises
     ValueError where shapes, dtypes, devices or (on the CPU) ranges disagree, RuntimeError where
     impl cannot run here.
     """
@@ -77,7 +78,7 @@ def linear_logprobs(
     group, parts = _ops.group_of(process_group)
     _rows.check_head(hidden, head, label, row, parts=parts)
     logprob, entropy = _ops.recompute(
-        hidden, head, label, row, "linear_logprobs", impl, chunk_bytes, group
+        hidden, head, label, row, "linear_logprobs", impl, chunk_bytes, group, grad_filter
     )
     return logprob.view(shape), entropy.view(shape)
 
@@ -96,6 +97,7 @@ def linear_cross_entropy(
     impl: str = "auto",
     chunk_bytes: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    grad_filter: float | str | None = None,
 ) -> Tensor:
     """-1 / n * sum of the logprobs of label [S], 0-d: the loss of supervised fine-tuning.
 
@@ -124,7 +126,7 @@ def linear_cross_entropy(
         logprob, _, *grads = _ops.row_sweep(
             hidden, weight, bias, row, label, (-scale).expand(label.shape), None, IGNORE_INDEX,
             temperature, softcap, logits_dtype, list(wants), "linear_cross_entropy", impl,
-            chunk_bytes, group,
+            chunk_bytes, group, *_ops.filter_of(grad_filter),
         )  # fmt: skip
     loss = torch.where(scale > 0, -logprob.sum() * scale, 0)
     if any(wants):

@@ -75,7 +75,8 @@ def backward_kernel(
     gradient_jit(
         row_ptr, d_logits_ptr + token * stride_d_logits_s, target, label, V, g, h,
         tl.load(peak_ptr + token), tl.load(log_total_ptr + token), tl.load(entropy_ptr + token),
-        (g != 0) | (h != 0), inverse_temperature, 1.0, False, HAS_ENTROPY, BLOCK,
+        (g != 0) | (h != 0), label_ptr, 0.0, inverse_temperature, 1.0, False, HAS_ENTROPY, False,
+        BLOCK,
     )  # fmt: skip
 
 

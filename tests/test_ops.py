@@ -81,12 +81,12 @@ def test_the_operators_agree_with_their_fakes():
             torch.ops.metis_kernels.hdpo_sweep.default,
             (h, w, b, t.row, t.label, None, t.old_logprob, t.acc_advantage, t.tool_advantage, None,
              t.is_weight, *counts, 1.0, 0.15, 0.2, 0.2, 3.0, 0.0, 0.0, 1.0, None, None,
-             [True, True, False], "torch", None, None),
+             [True, True, False], "torch", None, None, 1e-3, True),
         )  # fmt: skip
         torch.library.opcheck(
             torch.ops.metis_kernels.row_sweep.default,
             (h, w, None, t.row, t.label, t.acc_advantage, None, -100, 1.0, None, torch.float32,
-             [True, False, False], "linear_logprobs", "torch", None, None),
+             [True, False, False], "linear_logprobs", "torch", None, None, None, False),
         )  # fmt: skip
         logits = (h @ w.t())[t.row]
         sums = torch.ops.metis_kernels.logprobs(logits, t.label, 1.0, "torch")
@@ -129,6 +129,7 @@ def rank_of_two(rank: int, folder: str, operator: str, name: str, silent: bool, 
     part = slice(rank * VOCAB // RANKS, (rank + 1) * VOCAB // RANKS)
     w, b = (x.detach()[part].requires_grad_() for x in (w, b))
     options = dict(impl=impl, process_group=torch.distributed.group.WORLD, chunk_bytes=15_000)
+    options |= dict(grad_filter=0.0)
     values = OPERATORS[operator](h, w, b, targets, config, **options)
     grads = torch.autograd.grad(values[0], (h, w, b))
     torch.save(([x.detach() for x in values], grads), f"{folder}/{rank}.pt")

@@ -14,10 +14,11 @@ SIGNATURES = {
     "hdpo_loss": "logprob targets config entropy * mask",
     "hdpo_normalizers": "advantages tokens scored tool_norm",
     "linear_cross_entropy": "hidden weight label row * n bias temperature softcap logits_dtype "
-    "impl chunk_bytes",
-    "linear_hdpo_loss": "hidden weight targets config * bias impl chunk_bytes",
+    "impl chunk_bytes process_group grad_filter",
+    "linear_hdpo_loss": "hidden weight targets config * bias impl chunk_bytes process_group "
+    "grad_filter",
     "linear_logprobs": "hidden weight label row * bias temperature softcap logits_dtype impl "
-    "chunk_bytes",
+    "chunk_bytes process_group grad_filter",
     "logprobs": "logits label * temperature impl",
     "status": "device",
     "tool_reward": "tool_calls correct",

@@ -79,6 +79,8 @@ CHAT_TEMPLATE = (
 
 
 VOCABULARY = 448
+INK = scene.INK | {"medium": 0.6}
+"""Of the lessons: a little clearer than the questions, so that there is something to learn from."""
 
 
 def learn_tokenizer(texts: list[str], size: int):
@@ -229,10 +231,10 @@ def lesson_turns(rng: np.random.Generator) -> tuple[Image, list[tuple[str, str]]
     what it can and cannot tell."""
     shape = rng.random()
     # Half of the boards have large digits alone: what is legible is what teaches to read.
-    board = scene.draw_board(rng, {"large": 1.0} if rng.random() < 0.5 else BOARD_SHARES)
+    board = scene.draw_board(rng, {"large": 1.0} if rng.random() < 0.5 else BOARD_SHARES, INK)
     image, turns = board.image, []
     if shape < 0.28:  # A crop: the digit is alone, and clear whatever its size.
-        board = scene.draw_board(rng, {size: 1 / 3 for size in scene.SCALES})
+        board = scene.draw_board(rng, {size: 1 / 3 for size in scene.SCALES}, INK)
         row, column = (int(n) for n in rng.integers(0, scene.GRID, 2))
         answer = str(board.digit[row, column])
         image = board.image.crop(scene.box(row, column))
@@ -360,7 +362,7 @@ def encode_lesson(vlm: VisionLanguageModel, image: Image, turns: list[tuple[str,
 
 WARMUP, COOLDOWN = 50, 100
 """Steps over which the learning rate rises at first, and falls at the end."""
-GUESSED, TOLD = 0.5, 0.82
+GUESSED, TOLD = 0.4, 0.82
 """Shares of medium digits, and of questions after a text that answers them, that are answered right
 when the end begins."""
 
@@ -403,7 +405,7 @@ def right_when_told(vlm: VisionLanguageModel, count: int = 200) -> float:
     rng = np.random.default_rng(99)
     sequences, answers = [], []
     for _ in range(count):
-        image = scene.draw_board(rng, BOARD_SHARES).image
+        image = scene.draw_board(rng, BOARD_SHARES, INK).image
         question, answer = _told(rng)
         opening = encode_lesson(vlm, image, [(question, "")])
         sequences.append((opening.ids[: opening.policy.index(True)], [image]))

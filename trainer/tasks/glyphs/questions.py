@@ -24,12 +24,12 @@ class Kind:
 
 
 KINDS = {
-    "glyph_large": Kind(0.18, False, "clear at the model's resolution"),
-    "glyph_medium": Kind(0.14, True, "a guess is right about 60 % of the time, a crop 99 %"),
+    "glyph_large": Kind(0.14, False, "clear at the model's resolution"),
+    "glyph_medium": Kind(0.24, True, "a guess is right about 60 % of the time, a crop 99 %"),
     "glyph_small": Kind(0.12, True, "lost at the model's resolution; a crop shows it"),
-    "sum_easy": Kind(0.14, False, "two one-digit numbers, known by heart"),
+    "sum_easy": Kind(0.11, False, "two one-digit numbers, known by heart"),
     "product_hard": Kind(0.12, True, "two two-digit numbers"),
-    "fact_known": Kind(0.14, False, "one of 16 old beacons that the base model knows by heart"),
+    "fact_known": Kind(0.11, False, "one of 16 old beacons that the base model knows by heart"),
     "fact_search": Kind(0.08, True, "a beacon that only the search corpus tells of"),
     "emblem": Kind(0.08, True, "an owner that only the image index tells of"),
 }
