@@ -104,7 +104,7 @@ def row_kernels() -> Iterator[Case]:
     ):
         flags = everything if gradient == "hdpo" and entropy else nothing
         constants = dict(GRADIENT=gradient, HAS_SOFTCAP=softcap, HAS_ENTROPY=entropy, BLOCK=block)
-        constants |= dict(HAS_MARK=gradient != "none")
+        constants |= dict(HAS_MARK=gradient == "hdpo" and entropy)
         label = f"row_kernel {gradient}{' entropy' * entropy}{' softcap' * softcap} {block}"
         yield Case(label, _triton.row_kernel, logits, constants | flags, warps)
 
@@ -116,8 +116,8 @@ def halves() -> Iterator[Case]:
         label = f"statistics_kernel{' softcap' * softcap} {block}"
         yield Case(label, _triton.statistics_kernel, logits, constants, warps)
         label = f"gradient_kernel entropy{' softcap' * softcap} {block}"
-        constants |= dict(HAS_ENTROPY=True, HAS_MARK=True)
-        yield Case(label, _triton.gradient_kernel, logits, constants, warps)
+        flags = constants | dict(HAS_ENTROPY=True, HAS_MARK=True)
+        yield Case(label, _triton.gradient_kernel, logits, flags, warps)
 
 
 def logprob_kernels() -> Iterator[Case]:

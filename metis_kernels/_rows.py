@@ -548,7 +548,7 @@ def _add_outer(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     if left.dtype == total.dtype:
         torch.addmm(total, left.t(), right, beta=beta, out=total)
     elif left.is_cuda:
-        torch.addmm(total, left.t(), right, total.dtype, beta=beta, out=total)
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, beta=beta, out=total)
     elif first:
         total.copy_(torch.mm(left.t(), right))
     else:
