@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from metis_kernels import _impl, _triton
+from metis_kernels._rows import FLOOR, row_sum
 from metis_kernels._triton import gradient_jit, jit, statistics_jit, tl
 from metis_kernels.hdpo import check_range
 
 _CHUNK_BYTES = 1 << 26
-_FLOOR = -1e4
-"""exp of it is 0 in fp32 and fp64, and 0 * _FLOOR is 0 where 0 * -inf would be NaN."""
 
 
 def logprobs_ref(
@@ -155,12 +154,12 @@ def forward_torch(
         top = scaled.amax(1, keepdim=True)
         shifted = scaled.sub_(top)
         chosen = shifted.gather(1, label[part].unsqueeze(1)).squeeze(1)
-        shifted.clamp_(min=_FLOOR)
+        shifted.clamp_(min=FLOOR)
         probs = shifted.exp()
-        total = _row_sum(probs)
+        total = row_sum(probs)
         log_total = total.log()
         logprob[part] = chosen - log_total
-        entropy[part] = log_total - _row_sum(probs.mul_(shifted)) / total
+        entropy[part] = log_total - row_sum(probs.mul_(shifted)) / total
         peak[part], log_totals[part] = top.squeeze(1), log_total
     return logprob, entropy, peak, log_totals
 
@@ -179,7 +178,7 @@ def backward_torch(
     for part in _chunks(logits):
         log_p = logits[part].to(peak.dtype) / temperature
         log_p = log_p.sub_(peak[part].unsqueeze(1)).sub_(log_total[part].unsqueeze(1))
-        probs = log_p.clamp_(min=_FLOOR).exp()
+        probs = log_p.clamp_(min=FLOOR).exp()
         idle = torch.ones_like(peak[part], dtype=torch.bool)
         slope = torch.zeros_like(peak[part]).unsqueeze(1)
         if g is not None:
@@ -202,14 +201,6 @@ def _chunks(logits: Tensor) -> list[slice]:
     count, vocab = logits.shape
     size = max(_CHUNK_BYTES // (vocab * 8), 1)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-def _row_sum(x: Tensor) -> Tensor:
-    """x.sum(1), in the order of summation that it has among other rows even where it is alone.
-
-    (torch splits a sum of a single output across threads, and no other.)
-    """
-    return x.sum(1) if len(x) != 1 else x.expand(2, -1).sum(1)[:1]
 
 
 _impl.register("logprobs", "triton", Halves(forward_triton, backward_triton), _triton.unavailable)
