@@ -1,6 +1,6 @@
-"""The loop of _rows.py as operators of torch, and the autograd functions around them.
+"""The loop of _sweep.py as operators of torch, and the autograd functions around them.
 
-A leaf: it imports torch, _rows and _impl.
+A leaf: it imports torch and the leaves that the loop is made of.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from metis_kernels import _impl
-from metis_kernels._rows import Filter, Given, Head, Shard, Wants, sweep
+from metis_kernels._filter import Filter
+from metis_kernels._rows import Given, Head, Shard, Wants
+from metis_kernels._sweep import Loop, sweep_selected
 
 
 def group_of(process_group: torch.distributed.ProcessGroup | None) -> tuple[str | None, int]:
@@ -27,39 +29,45 @@ def filter_of(grad_filter: float | str | None) -> tuple[float | None, bool]:
     return (None, False) if chosen is None else (chosen.eps, chosen.guarded)
 
 
+def loop_of(
+    operator: str,
+    impl: str,
+    hidden: Tensor,
+    vocab: int,
+    chunk_bytes: int | None,
+    group: str | None,
+    eps: float | None,
+    guarded: bool,
+) -> Loop:
+    """From what an operator was given. Raises RuntimeError where impl cannot run here."""
+    return Loop(
+        _impl.implementation(operator, impl, hidden.device, hidden.dtype),
+        chunk_bytes,
+        Shard.named(group, vocab),
+        None if eps is None else Filter(eps, guarded),
+    )
+
+
 def run_row_sweep(
     hidden, weight, bias, row, label, logprob_grad, entropy_grad, ignored, temperature, softcap,
     logits_dtype, wants, operator, impl, chunk_bytes, group, eps, guarded,
 ):  # fmt: skip
-    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `sweep` with gradients [S] that are
+    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): a sweep with gradients [S] that are
     known beforehand, over the tokens whose label is not `ignored`; the others have zeros.
     `row_sweep` is it as one opaque operator, so that a compiled caller sees no chunks. A gradient
     that nobody wants is empty.
     """
-    count, real = label.numel(), None
-    if ignored is not None:
-        real = (label != ignored).nonzero().flatten()
-        if len(real) < count:
-            row = real if row is None else row.index_select(0, real)
-            label = label.index_select(0, real)
-    given = None if logprob_grad is None else Given(logprob_grad, entropy_grad)
-    if given is not None and real is not None and len(real) < count:
-        given = given.take(real)
-    logprob, entropy, grads = sweep(
+    return sweep_selected(
         hidden,
         Head(weight, bias, temperature, softcap, logits_dtype),
         label,
         row,
-        given,
+        None if logprob_grad is None else Given(logprob_grad, entropy_grad),
         Wants(*wants),
-        _impl.implementation(operator, impl, hidden.device, hidden.dtype),
-        chunk_bytes,
-        Shard.named(group, weight.shape[0]),
-        None if eps is None else Filter(eps, guarded),
+        loop_of(operator, impl, hidden, len(weight), chunk_bytes, group, eps, guarded),
+        select=None if ignored is None else (label != ignored).nonzero().flatten(),
+        fill=0.0,
     )
-    if real is not None and len(real) < count:
-        logprob, entropy = (x.new_zeros(count).index_copy(0, real, x) for x in (logprob, entropy))
-    return logprob, entropy, *(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 row_sweep = torch.library.custom_op(

@@ -1,16 +1,8 @@
-"""The loop that the operators on an LM head share: rows in chunks, one row pass per chunk.
+"""The nouns of an LM head over rows of hidden states, and the contract of a row pass.
 
-    for each chunk of C rows:
-        logits   [C, V]  = hidden[row] @ weight.T + bias          one matrix product
-        row pass [C, V]    logits -> logprob [C], entropy [C], and d(logits) in their place
-        d_hidden[row]   += d(logits) @ weight                     two matrix products, where wanted
-        d_weight        += d(logits).T @ hidden[row]
-
-An implementation swaps the row pass and nothing else: `RowPass` is the contract, _torch.py the
-plain one. _ops.py makes operators and autograd functions of the loop.
-
-A head may be cut over the vocabulary (`Shard`): then every rank holds its own columns of the
-logits, and the ranks meet between product and gradient for the maximum and the sums of each row.
+An implementation of the linear operators is one `RowPass`: what happens to a chunk of logits
+[C, V] between the product that makes it and the products that use its gradient. _torch.py has the
+plain one, _triton.py the one for GPUs; _sweep.py is the loop around them.
 
 Legend: S tokens, T rows of hidden, H hidden, V vocabulary (of this rank), C rows of a chunk; "work"
 is the dtype of sums: float64 for float64 inputs, else float32. A leaf: it imports torch and hdpo's
@@ -27,12 +19,6 @@ import torch
 from torch import Tensor
 
 from metis_kernels.hdpo import HDPOConfig, HDPOTargets, check_range, hdpo_coefficient
-
-ROW_TILE = 16
-"""Rows that go to a matrix product are padded to a multiple of this. BLAS switches algorithm (and
-with it the last bits) for the smallest and the ragged shapes, and an identical row must get
-identical bits whether it comes alone or in a batch: the first ratio is exactly 1 only so. Measured
-with MKL in fp32 at (H, V) up to (256, 32000): every multiple of 16 rows agrees."""
 
 FLOOR = -1e4
 """exp of it is 0 in fp32 and fp64, and 0 * FLOOR is 0 where 0 * -inf would be NaN."""
@@ -109,9 +95,13 @@ class Wants(NamedTuple):
 
 
 class Coefficient(Protocol):
-    """Gradients of a loss with respect to logprob and entropy, for any slice of its S rows."""
+    """Gradients of a loss with respect to logprob and entropy, for any of its S rows."""
 
-    def rows(self, start: int, stop: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]: ...
+    def rows(self, start: int, stop: int) -> Coefficient: ...
+
+    def take(self, index: Tensor) -> Coefficient: ...
+
+    def __call__(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
@@ -147,54 +137,13 @@ class HDPOCoefficient:
 
     def rows(self, start: int, stop: int) -> HDPOCoefficient:
         index = torch.arange(start, stop, device=self.targets.acc_advantage.device)
+        return self.take(index)
+
+    def take(self, index: Tensor) -> HDPOCoefficient:
         return replace(self, targets=self.targets.take(index))
 
     def __call__(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         return hdpo_coefficient(logprob, self.targets, self.config, entropy)
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Columns of d(logits) that cannot matter are left out of the two backward products.
-
-    A column of a chunk is live where some row has |d logit| > eps (|g| + |h|) / temperature: where
-    the token is a label, or not negligible to some row. The products run over the live columns
-    alone; what a row has in the others (known, for a row sums to zero) is given back to d_hidden
-    along their mean row of weight. d_weight of a dropped column gets nothing, d_bias is exact.
-    """
-
-    eps: float
-    guarded: bool = False
-    """Whether a chunk takes all columns where too many are live, or too much would be lost."""
-
-    @classmethod
-    def of(cls, grad_filter: float | str | None) -> Filter | None:
-        """What a caller asks for: None, "auto" or a number. Raises ValueError for anything else."""
-        if grad_filter is None:
-            return None
-        if grad_filter == "auto":
-            return cls(AUTO_EPS, guarded=True)
-        if isinstance(grad_filter, str) or not 0 <= grad_filter < 1:
-            raise ValueError(
-                'grad_filter must be None (exact), "auto" or a number in [0, 1), '
-                f"got {grad_filter!r}"
-            )
-        return cls(float(grad_filter))
-
-
-AUTO_EPS = 2.4e-4
-"""A sixteenth of bf16's spacing at 1 (2^-8)."""
-LIVE_SHARE = 0.5
-"""Share of live columns above which gathering them costs more than it saves."""
-LOST = 2**-9
-"""Relative error (2-norm) of a gradient whose d(logits) are rounded to bf16, as measured on samples
-of a language model: a guarded filter loses no more."""
-SAMPLED = 16
-"""Rows of a chunk on which a guarded filter measures that."""
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""d_hidden [T, H], d_weight [V, H], d_bias [V] in work dtype, or None: rounded once, at the end."""
 
 
 def check_head(
@@ -276,7 +225,9 @@ class RowPass:
         label [C]         int64
         coefficient       None (no gradient is wanted), or f(logprob [C], entropy [C]) -> (g, h):
                           the loss's gradients with respect to both, h None where it is all zero
-        mark              None, or (live [V] bool, eps): sets live where `Filter` says so
+        mark              None, or (live [V], eps): sets live to 1 in every column where some row
+                          has |d logit| > eps (|g| + |h|) / temperature; an integer of the width
+                          of logits
         logprob, entropy  [C] in work dtype
 
     A row whose target is not finite has a logprob of NaN, and a row whose logprob is not finite
@@ -296,271 +247,6 @@ class RowPass:
     gradient: Callable[..., None]
     copies: int
     """Copies of a chunk in work dtype that it makes beside the logits."""
-
-
-GOOD_ROWS = 2048
-"""Rows of a chunk from which products are bound by arithmetic: below, reading the weight and adding
-to its gradient is what they wait for."""
-
-
-def chunk_rows(count: int, head: Head, chunk_bytes: int | None, copies: int) -> int:
-    """Rows per chunk, a multiple of ROW_TILE, such that what the row pass holds fits chunk_bytes.
-
-    At least one tile, even where that is more; chunks of nearly one size. Default budget: 128 MiB
-    on the CPU; on a GPU 1 GiB, or the logits of GOOD_ROWS rows where those are more. Never a
-    function of the memory that happens to be free: it decides the order of sums.
-    """
-    vocab = head.weight.shape[0]
-    if chunk_bytes is None and head.weight.is_cuda:
-        chunk_bytes = max(1 << 30, GOOD_ROWS * vocab * head.dtype.itemsize)
-    elif chunk_bytes is None:
-        chunk_bytes = 1 << 27
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
-    per_row = vocab * (head.dtype.itemsize + copies * head.work_dtype.itemsize)
-    fits = max(chunk_bytes // per_row // ROW_TILE, 1)
-    tiles = _tiles(count) // ROW_TILE
-    chunks = max(-(-tiles // fits), 1)
-    return -(-tiles // chunks) * ROW_TILE
-
-
-@torch.no_grad()
-def sweep(
-    hidden: Tensor,
-    head: Head,
-    label: Tensor,
-    row: Tensor | None,
-    coefficient: Coefficient | None,
-    wants: Wants,
-    row_pass: RowPass,
-    chunk_bytes: int | None = None,
-    shard: Shard | None = None,
-    grad_filter: Filter | None = None,
-) -> tuple[Tensor, Tensor, Gradients]:
-    """(logprob [S], entropy [S], gradients) of S tokens; the module's docstring is the algorithm.
-
-    Inputs have passed `check_head`. Rows that repeat are summed, gradients accumulated in work
-    dtype, chunks visited in order: the same bits at every run.
-    """
-    if shard is not None:
-        label = label - shard.first
-    count, (vocab, _) = label.numel(), head.weight.shape
-    work, device = head.work_dtype, hidden.device
-    logprob, entropy = (torch.empty(count, dtype=work, device=device) for _ in range(2))
-    if not any(wants):
-        coefficient = grad_filter = None
-    # Under autocast every product below would be cast down behind our back.
-    with torch.autocast(device.type, enabled=False):
-        size = chunk_rows(count, head, chunk_bytes, row_pass.copies)
-        # fp32 logits of bf16 operands: cuBLAS writes them directly, elsewhere the operands widen.
-        widen = head.dtype != hidden.dtype and not hidden.is_cuda
-        weight = head.weight.to(head.dtype) if widen else head.weight
-        sums = _Sums(hidden, head, weight, wants, count, grad_filter)
-        logits_buffer = torch.empty(size, vocab, dtype=head.dtype, device=device)
-        for start in range(0, count, max(size, 1)):
-            stop = min(start + size, count)
-            part, n = slice(start, stop), stop - start
-            index = torch.arange(start, stop, device=device) if row is None else row[part]
-            rows = _gather(hidden, index)
-            target = _target_logit(rows[:n], head, label[part], shard)
-            rows = rows.to(weight.dtype)
-            logits = logits_buffer[: len(rows)]
-            _project(logits, rows, weight, head.bias)
-            chunk = None if coefficient is None else coefficient.rows(start, stop)
-            given = (logits[:n], target, label[part].long(), head, chunk, sums.mark())
-            if shard is None:
-                lp, en = row_pass.run(*given)
-            else:
-                lp, en = _sharded_run(row_pass, *given, shard)
-            logprob[part], entropy[part] = lp, en
-            if any(wants):
-                # The row of a broken hidden state is all zero in d(logits), but 0 * NaN is NaN.
-                rows[:n].masked_fill_(~torch.isfinite(lp).unsqueeze(1), 0)
-                whole = shard is None and head.softcap is None
-                sums.add(logits, rows, index, sums_to_zero=whole)
-    if shard is not None and wants.hidden:
-        shard.sum(sums.hidden)
-    return logprob, entropy, (sums.hidden, sums.weight, sums.bias)
-
-
-class _Sums:
-    """The gradients of a sweep while they are added up, in work dtype."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        weight: Tensor,
-        wants: Wants,
-        count: int,
-        grad_filter: Filter | None,
-    ):
-        """weight: head.weight in the dtype of the products."""
-        vocab, self.work = head.weight.shape[0], head.work_dtype
-        self.head_weight, self.filter, self.written = weight, grad_filter, False
-        # What the first chunk writes needs no zeros; without a chunk there is nobody to write.
-        fresh = torch.empty if count and grad_filter is None else torch.zeros
-        shape, device = head.weight.shape, hidden.device
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=self.work) if wants.hidden else None
-        self.weight = fresh(shape, dtype=self.work, device=device) if wants.weight else None
-        self.bias = hidden.new_zeros(vocab, dtype=self.work) if wants.bias else None
-        self.live = self.column_sum = None
-        if grad_filter is not None:
-            self.live = torch.empty(vocab, dtype=torch.bool, device=device)
-            self.column_sum = weight.sum(0, dtype=self.work)
-
-    def mark(self) -> tuple[Tensor, float] | None:
-        """What the next row pass notes live columns in."""
-        return None if self.filter is None else (self.live.zero_(), self.filter.eps)
-
-    def add(self, logits: Tensor, rows: Tensor, index: Tensor, sums_to_zero: bool) -> None:
-        """A chunk: logits [C', V] hold d(logits), rows [C', H] what they came from; the last few of
-        both are padding. index [C]: where in hidden the rows are."""
-        n = index.numel()
-        if self.bias is not None:
-            self.bias += logits[:n].sum(0, dtype=self.work)
-        d_logits = logits.to(self.head_weight.dtype)
-        live = None if self.filter is None else self._live(d_logits[:n], sums_to_zero)
-        if live is not None:
-            kept = d_logits[:n].index_select(1, live.column)
-            if self.hidden is not None:
-                _add_rows(self.hidden, index, live.d_hidden(d_logits[:n], kept))
-            if self.weight is not None:
-                outer = torch.empty(live.head.shape, dtype=self.work, device=kept.device)
-                _add_outer(outer, kept, rows[:n], first=True)
-                self.weight.index_add_(0, live.column, outer)
-            return
-        if self.hidden is not None:
-            product = torch.mm(d_logits, self.head_weight)[:n]
-            _add_rows(self.hidden, index, product.to(self.work))
-        if self.weight is not None:
-            first = not self.written and self.filter is None
-            _add_outer(self.weight, d_logits[:n], rows[:n], first)
-            self.written = True
-
-    def _live(self, d_logits: Tensor, sums_to_zero: bool) -> _Live | None:
-        """The live columns, or None where all are to be used. The device is waited for."""
-        if self.filter.guarded:
-            energy = torch.linalg.vector_norm(d_logits, dim=0, dtype=self.work).square()
-            lost = energy.masked_fill(self.live, 0).sum()
-            share = self.live.to(self.work).mean()
-            share, lost, total = torch.stack((share, lost, energy.sum())).tolist()
-            if share > LIVE_SHARE or lost > LOST**2 * total:
-                return None
-        column = self.live.nonzero().flatten()
-        head = self.head_weight.index_select(0, column)
-        dropped = max(len(self.head_weight) - len(column), 1)
-        mean = (self.column_sum - head.sum(0, dtype=self.work)) / dropped
-        live = _Live(column, head, mean, sums_to_zero)
-        if self.filter.guarded and self.hidden is not None and len(d_logits):
-            # What d_hidden would lose is not bounded by what d(logits) loses: measured, on a few.
-            few = d_logits[:: -(-len(d_logits) // SAMPLED)]
-            exact = torch.mm(few, self.head_weight).to(self.work)
-            gap = live.d_hidden(few, few.index_select(1, column)) - exact
-            if gap.norm() > LOST * exact.norm():
-                return None
-        return live
-
-
-@dataclass(frozen=True)
-class _Live:
-    """The L columns of a chunk that are kept."""
-
-    column: Tensor
-    """[L]"""
-    head: Tensor
-    """[L, H] their rows of weight."""
-    mean: Tensor
-    """[H] the mean row of weight of the others."""
-    sums_to_zero: bool
-    """Whether a row of d(logits) does."""
-
-    def d_hidden(self, d_logits: Tensor, kept: Tensor) -> Tensor:
-        """[n, H] of d_logits [n, V] and their live columns kept [n, L]."""
-        mass = -kept.sum(1, dtype=self.mean.dtype)
-        if not self.sums_to_zero:
-            mass += d_logits.sum(1, dtype=self.mean.dtype)
-        return torch.mm(kept, self.head).to(self.mean.dtype).addr_(mass, self.mean)
-
-
-def _sharded_run(
-    row_pass: RowPass,
-    logits: Tensor,
-    target: Tensor,
-    label: Tensor,
-    head: Head,
-    coefficient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None,
-    mark: tuple[Tensor, float] | None,
-    shard: Shard,
-) -> tuple[Tensor, Tensor]:
-    """`RowPass.run` over the columns of all ranks."""
-    peak, total, moment = row_pass.statistics(logits, target, label, head)
-    top = shard.max(peak.clone())
-    gap = (peak - top).clamp_min(FLOOR)
-    total, moment = shard.sum(torch.stack((total, moment + gap * total)) * gap.exp())
-    log_total = total.log()
-    logprob = head.scaled(target) - top - log_total
-    logprob = torch.where(torch.isfinite(target), logprob, float("nan"))
-    entropy = log_total - moment / total
-    if coefficient is not None:
-        g, h = coefficient(logprob, entropy)
-        alive = torch.isfinite(logprob)
-        row_pass.gradient(logits, target, label, head, top, log_total, entropy, alive, g, h, mark)
-    return logprob, entropy
-
-
-def _tiles(count: int) -> int:
-    return -(-count // ROW_TILE) * ROW_TILE
-
-
-def _gather(hidden: Tensor, index: Tensor) -> Tensor:
-    """The rows at index [n], then zeros up to a whole number of tiles."""
-    n = index.numel()
-    return torch.nn.functional.pad(hidden.index_select(0, index), (0, 0, 0, _tiles(n) - n))
-
-
-def _target_logit(rows: Tensor, head: Head, label: Tensor, shard: Shard | None) -> Tensor:
-    """[n]: the label's logit as a dot product in work dtype, before softcap and temperature."""
-    work, here = head.work_dtype, None
-    if shard is not None:
-        here = (label >= 0) & (label < head.weight.shape[0])
-        label = torch.where(here, label, 0)
-    target = row_sum(rows.to(work) * head.weight.index_select(0, label).to(work))
-    if head.bias is not None:
-        target = target + head.bias.index_select(0, label).to(work)
-    return target if here is None else shard.sum(torch.where(here, target, 0))
-
-
-def _project(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """out [n, V] = rows [n, H] @ weight [V, H].T + bias, in out's dtype."""
-    if out.dtype != rows.dtype:
-        torch.mm(rows, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(rows, weight.t(), out=out)
-    if bias is not None:
-        out.add_(bias)
-
-
-def _add_outer(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total [V, H] += left [n, V].T @ right [n, H], summed in total's dtype; first: total is yet to
-    be written."""
-    beta = 0 if first else 1  # with 0, not even a NaN in total is looked at
-    if left.dtype == total.dtype:
-        torch.addmm(total, left.t(), right, beta=beta, out=total)
-    elif left.is_cuda:
-        torch.addmm(total, left.t(), right, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:
-        total.copy_(torch.mm(left.t(), right))
-    else:
-        total.add_(torch.mm(left.t(), right))
-
-
-def _add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:
-    """total[index] += values, where index may repeat; the same bits at every run."""
-    if total.is_cuda:
-        total.index_put_((index,), values, accumulate=True)
-    else:
-        total.index_add_(0, index, values)
 
 
 def row_sum(x: Tensor) -> Tensor:

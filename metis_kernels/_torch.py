@@ -135,4 +135,4 @@ def _write(
     if mark is not None:
         live, eps = mark
         size = g.abs() if h is None else g.abs() + h.abs()
-        live |= (probs.abs_() > eps / head.temperature * size).any(0)
+        live.masked_fill_((probs.abs_() > eps / head.temperature * size).any(0), 1)

@@ -200,7 +200,8 @@ def gradient_jit(
         if HAS_MARK:
             # Every row that marks a column writes the same value there.
             here = (columns < V) & (tl.abs(d) > bound)
-            tl.store(live_ptr + columns, tl.full((BLOCK,), 1, tl.int1), mask=here)
+            one = tl.full((BLOCK,), 1, live_ptr.dtype.element_ty)
+            tl.store(live_ptr + columns, one, mask=here)
 
 
 @jit

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metis_kernels import _impl, _ops, _rows, _torch, _triton
+from metis_kernels._sweep import sweep_selected
 from metis_kernels.hdpo import HDPOConfig, HDPOStats, HDPOTargets, as_count, hdpo_loss
 
 
@@ -55,8 +56,8 @@ def run_hdpo_sweep(
     entropy_coef, temperature, softcap, logits_dtype, wants, impl, chunk_bytes, group, eps,
     guarded,
 ):  # fmt: skip
-    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): `_rows.sweep` over the tokens that
-    carry loss. NaN for the other tokens; a gradient that nobody wants is empty.
+    """(logprob [S], entropy [S], d_hidden, d_weight, d_bias): a sweep over the tokens that carry
+    loss. NaN for the other tokens; a gradient that nobody wants is empty.
 
     `hdpo_sweep` is it as one opaque operator, so that a compiled caller sees neither the choice of
     the tokens nor the chunks: how many there are changes from batch to batch.
@@ -69,29 +70,19 @@ def run_hdpo_sweep(
         row, label, old_logprob, acc_advantage, tool_advantage, n_acc, n_tool, ref_logprob,
         is_weight,
     )  # fmt: skip
-    count = label.numel()
-    live = targets.live_index(config) if live is None else live
-    if len(live) < count:
-        if row is None:
-            targets = replace(targets, row=torch.arange(count, device=label.device))
-        targets = targets.take(live)
-    logprob, entropy, grads = _rows.sweep(
+    return sweep_selected(
         hidden,
         _rows.Head(weight, bias, temperature, softcap, logits_dtype),
-        targets.label,
-        targets.row,
+        label,
+        row,
         _rows.HDPOCoefficient(targets, config),
         _rows.Wants(*wants),
-        _impl.implementation("linear_hdpo_loss", impl, hidden.device, hidden.dtype),
-        chunk_bytes,
-        _rows.Shard.named(group, weight.shape[0]),
-        None if eps is None else _rows.Filter(eps, guarded),
+        _ops.loop_of(
+            "linear_hdpo_loss", impl, hidden, len(weight), chunk_bytes, group, eps, guarded
+        ),
+        select=targets.live_index(config) if live is None else live,
+        fill=float("nan"),
     )
-    if len(live) < count:
-        logprob, entropy = (
-            x.new_full((count,), float("nan")).index_copy(0, live, x) for x in (logprob, entropy)
-        )
-    return logprob, entropy, *(hidden.new_empty(0) if g is None else g for g in grads)
 
 
 hdpo_sweep = torch.library.custom_op(
@@ -137,7 +128,7 @@ def linear_hdpo_loss(
     Precision: logits in config.logits_dtype (None: that of hidden), log-sum-exp and gradient sums
     in fp32 (fp64 for fp64), the label's logit as an fp32 dot product. config.logits_dtype=float32
     with bf16 inputs widens a copy of weight on the CPU; on a GPU it costs no copy.
-    chunk_bytes bounds what exists of logits at a time (default: `_rows.chunk_rows`).
+    chunk_bytes bounds what exists of logits at a time (default: `_sweep.chunk_rows`).
     ratio="sequence" needs all logprobs of a response before any gradient, so it computes logits
     twice (8 S V H operations).
 
@@ -150,7 +141,7 @@ def linear_hdpo_loss(
 
     grad_filter: None is exact. With a number eps, columns of d(logits) in which no row of a chunk
     exceeds eps of its own coefficient stay out of the two backward products, and what they held is
-    given back to d_hidden along their mean (`_rows.Filter`); on the peaked logits of a trained
+    given back to d_hidden along their mean (`_filter.py`); on the peaked logits of a trained
     policy nine columns of ten and more. "auto" is 2.4e-4, and all columns for a chunk in which half
     are live or more would be lost than rounding to bf16 loses. One synchronisation a chunk.
 

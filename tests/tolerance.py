@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metis_kernels import HDPOTargets
+from metis_kernels import HDPOConfig, HDPOTargets
+from metis_kernels.linear_hdpo import linear_hdpo_ref
 
 FORWARD, GRADIENT = 2.0, 3.0
 _ULPS = {torch.float64: 64}
@@ -129,3 +130,36 @@ def near_old(targets: HDPOTargets, logprob: Tensor) -> HDPOTargets:
     wide = torch.promote_types(logprob.dtype, torch.float32)
     old, ref = ((logprob.detach() - x).to(wide) for x in (of_token, of_token.flip(0)))
     return replace(targets, old_logprob=old, ref_logprob=ref)
+
+
+CONFIGS = {
+    "default": HDPOConfig(),
+    "no dual clip": HDPOConfig(dual_clip=None),
+    "temperature": HDPOConfig(temperature=0.7),
+    "softcap": HDPOConfig(softcap=5.0),
+    "kl": HDPOConfig(kl_coef=0.3),
+    "entropy": HDPOConfig(entropy_coef=0.3),
+    "everything": HDPOConfig(
+        w_tool=0.8, dual_clip=1.5, kl_coef=0.2, entropy_coef=0.2, temperature=1.4, softcap=8.0
+    ),
+    "sequence": HDPOConfig(ratio="sequence", kl_coef=0.2, entropy_coef=0.2, temperature=0.7),
+}
+
+
+def hdpo_problem(
+    tokens=23, hidden=32, vocab=127, count=41, dtype=torch.float32, device="cpu", **options
+):
+    """(hidden, weight, bias, targets) with ratios on both sides of every clip."""
+    config = options.pop("config", HDPOConfig())
+    h, w, b = make_head(tokens, hidden, vocab, dtype, device, bias=options.pop("bias", False))
+    targets = make_targets(count, tokens, vocab, device, **options)
+    with torch.no_grad():
+        every = replace(config, kl_coef=1.0, ratio="token")
+        _, stats = linear_hdpo_ref(h, w, targets, every, bias=b)
+    return h, w, b, near_old(targets, stats.logprob)
+
+
+def grads(loss, *inputs, upstream=-1.3):
+    inputs = [x for x in inputs if x is not None]
+    up = torch.tensor(upstream, dtype=loss.dtype, device=loss.device)
+    return torch.autograd.grad(loss, inputs, up)
