@@ -114,7 +114,9 @@ def stamp() -> dict[str, object]:
         "metis_kernels": metis_kernels.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "metis_kernels", "bench")),
+        "dirty": bool(
+            _git("status", "--porcelain", "--", "metis_kernels", "bench", ":(exclude)bench/results")
+        ),
     }
 
 
