@@ -21,7 +21,7 @@ lint: setup
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than Python 3.10; name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv

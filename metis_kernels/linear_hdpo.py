@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _ops, _rows, _torch, _triton
+from metis_kernels import _cpp, _impl, _ops, _rows, _torch, _triton
 from metis_kernels._sweep import sweep_selected
 from metis_kernels.hdpo import HDPOConfig, HDPOStats, HDPOTargets, as_count, hdpo_loss
 
@@ -47,6 +47,7 @@ def linear_hdpo_ref(
 
 
 _impl.register("linear_hdpo_loss", "triton", _triton.ROW_PASS, _triton.unavailable)
+_impl.register("linear_hdpo_loss", "cpp", _cpp.ROW_PASS, _cpp.unavailable)
 _impl.register("linear_hdpo_loss", "torch", _torch.ROW_PASS)
 
 

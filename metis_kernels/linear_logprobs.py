@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _ops, _rows, _torch, _triton
+from metis_kernels import _cpp, _impl, _ops, _rows, _torch, _triton
 from metis_kernels.hdpo import inverse_count
 
 IGNORE_INDEX = -100
@@ -44,6 +44,7 @@ def linear_logprobs_ref(
 
 for _operator in ("linear_logprobs", "linear_cross_entropy"):
     _impl.register(_operator, "triton", _triton.ROW_PASS, _triton.unavailable)
+    _impl.register(_operator, "cpp", _cpp.ROW_PASS, _cpp.unavailable)
     _impl.register(_operator, "torch", _torch.ROW_PASS)
 
 

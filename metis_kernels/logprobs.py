@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metis_kernels import _impl, _triton
-from metis_kernels._rows import FLOOR, row_sum
+from metis_kernels import _cpp, _impl, _triton
+from metis_kernels._rows import FLOOR, Head, row_sum
 from metis_kernels._triton import gradient_jit, jit, statistics_jit, tl
 from metis_kernels.hdpo import check_range
 
@@ -138,6 +138,49 @@ def _side_by_side(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
+# ---- C++ -----------------------------------------------------------------------------------------
+
+
+def forward_cpp(
+    logits: Tensor, label: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _side_by_side(logits)
+    target = _own_logit(logits, label)
+    peak, total, moment = _cpp.statistics(logits, target, label, _head(logits, temperature))
+    log_total = total.log()
+    return target / temperature - peak - log_total, log_total - moment / total, peak, log_total
+
+
+def backward_cpp(
+    logits: Tensor,
+    label: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    g: Tensor | None,
+    h: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    logits = _side_by_side(logits)
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    g = torch.zeros_like(peak) if g is None else g
+    # A token that nobody asks about has no gradient, even where its logits are NaN.
+    asked = g != 0 if h is None else (g != 0) | (h != 0)
+    target, head = _own_logit(logits, label), _head(logits, temperature)
+    given = (target, label, head, peak, log_total, entropy, asked, g, h)
+    _cpp.gradient(logits, *given, out=d_logits)
+    return d_logits
+
+
+def _own_logit(logits: Tensor, label: Tensor) -> Tensor:
+    return logits.gather(1, label.unsqueeze(1)).squeeze(1).float()
+
+
+def _head(logits: Tensor, temperature: float) -> Head:
+    """One whose options say what is done to logits that are there already."""
+    return Head(logits, temperature=temperature)
+
+
 # ---- torch ---------------------------------------------------------------------------------------
 
 
@@ -204,6 +247,7 @@ def _chunks(logits: Tensor) -> list[slice]:
 
 
 _impl.register("logprobs", "triton", Halves(forward_triton, backward_triton), _triton.unavailable)
+_impl.register("logprobs", "cpp", Halves(forward_cpp, backward_cpp), _cpp.unavailable)
 _impl.register("logprobs", "torch", Halves(forward_torch, backward_torch))
 
 

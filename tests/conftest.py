@@ -40,6 +40,7 @@ def poisoned_memory(monkeypatch):
 
 _DEVICES = {
     "cpu": ("cpu", ("cpp", "torch")),
+    "cpu-torch": ("cpu", ("torch",)),
     "interpreter": ("cpu", ("triton", "torch")),
     "cuda": ("cuda", ("triton", "cpp", "torch")),
     "cuda-torch": ("cuda", ("torch",)),

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAVES = {"hdpo", "_impl", "_rows", "_filter", "_sweep", "_ops", "_torch", "_triton"}
+LEAVES = {"hdpo", "_impl", "_rows", "_filter", "_sweep", "_ops", "_torch", "_cpp", "_triton"}
 """What an operator's file may import of its own package."""
 AMONG_LEAVES = {
     "_rows": {"hdpo"},
     "_sweep": {"_rows", "_filter"},
     "_ops": {"_sweep", "_rows", "_filter", "_impl"},
     "_torch": {"_rows"},
+    "_cpp": {"_rows", "hdpo"},
     "_triton": {"_rows", "hdpo"},
 }
 STAGES = {"sft", "rl", "evaluate", "curate"}

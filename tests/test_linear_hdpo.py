@@ -325,7 +325,7 @@ def test_no_logits_of_all_tokens_ever_exist():
             loss, _ = linear_hdpo_loss(h, w, targets, config, chunk_bytes=1_000_000)
             grads(loss, h, w)
         assert seen.largest <= 1_000_000, f"{seen.largest} bytes at once"
-        assert not any(s[-1:] == (vocab,) and s[0] > 200 for s in seen.shapes if len(s) == 2)
+        assert not any(s[-1:] == (vocab,) and s[0] > 300 for s in seen.shapes if len(s) == 2)
 
 
 def test_no_gradient_work_under_no_grad_and_none_in_backward():

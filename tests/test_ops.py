@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_linear_hdpo import CONFIGS, problem
-from tolerance import assert_close, make_targets
+from tolerance import CONFIGS, assert_close, hdpo_problem, make_targets
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from metis_kernels import (
@@ -62,7 +61,7 @@ def test_compiles_whole_and_once_for_every_number_of_tokens(operator, config, de
     compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend=counter)
     first = 0
     for count in (41, 57, 80):
-        h, w, b, targets = problem(count=count, bias=True, config=config, device=device)
+        h, w, b, targets = hdpo_problem(count=count, bias=True, config=config, device=device)
         got, want = (f(h, w, b, targets, config) for f in (compiled, operator))
         first = first or counter.frame_count
         for x, y in zip(got, want, strict=True):
@@ -74,7 +73,7 @@ def test_compiles_whole_and_once_for_every_number_of_tokens(operator, config, de
 
 def test_the_operators_agree_with_their_fakes():
     # No token is left out: the NaN of such a token equals no other.
-    h, w, b, t = problem(bias=True, acc_advantage=torch.linspace(1, 2, 41))
+    h, w, b, t = hdpo_problem(bias=True, acc_advantage=torch.linspace(1, 2, 41))
     counts = (torch.tensor(9.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64))
     with torch.no_grad():
         torch.library.opcheck(
@@ -105,7 +104,7 @@ RANKS, VOCAB = 2, 126
 
 
 def inputs(config: HDPOConfig, silent: bool):
-    h, w, b, targets = problem(vocab=VOCAB, bias=True, config=config)
+    h, w, b, targets = hdpo_problem(vocab=VOCAB, bias=True, config=config)
     if silent:
         zero = torch.zeros(41)
         targets = make_targets(41, 23, VOCAB, acc_advantage=zero, tool_advantage=zero)
