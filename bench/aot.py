@@ -27,6 +27,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from metis_kernels import _triton, advantages  # noqa: E402
@@ -35,7 +36,7 @@ from metis_kernels.logprobs import backward_kernel, forward_kernel  # noqa: E402
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
     "logits": None, "d_logits": None, "label": "i64", "group": "i64", "correct": "i1",
-    "scored": "i1", "truncated": "i1", "alive": "i1", "live": "i1", "qualifies": "i1",
+    "scored": "i1", "truncated": "i1", "alive": "i1", "qualifies": "i1",
     "acc_signal": "i1", "tool_signal": "i1",
 }  # fmt: skip
 """Element type of a `NAME_ptr`; None is the dtype of the logits, what is not named is fp32."""
@@ -60,6 +61,8 @@ class Case:
                 signature[name] = "constexpr"
             elif name.endswith("_ptr"):
                 kind = POINTERS.get(name.removesuffix("_ptr"), "fp32")
+                if name == "live_ptr":  # as wide as a logit
+                    kind = "i16" if self.logits == "bf16" else "i32"
                 signature[name] = "*" + (kind or self.logits)
             elif name in INTEGERS or name.startswith("stride_"):
                 signature[name] = "i32"
@@ -145,26 +148,24 @@ def compile_case(case: Case, architecture: int) -> Resources:
         target=GPUTarget("cuda", architecture, 32),
         options=dict(num_warps=case.warps),
     )
-    said = _ptxas(compiled.asm["ptx"])
+    said = _ptxas(compiled.asm["ptx"], architecture)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     registers = re.search(r"Used (\d+) registers", said)
     assert registers and spills, said
     return Resources(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared)
 
 
-def _ptxas(ptx: str) -> str:
-    """What `ptxas -v` says of a kernel. Triton brings two; the older does not read newer PTX."""
+def _ptxas(ptx: str, architecture: int) -> str:
+    """What `ptxas -v` says of a kernel: the one of the two that triton brings that it would use."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        for name in ("ptxas", "ptxas-blackwell"):
-            command = [tools / name, "-v", f"--gpu-name={target}", source, "-o", os.devnull]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                return done.stderr
-    raise RuntimeError(f"no ptxas of triton {triton.__version__} assembles {target}: {done.stderr}")
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", source]
+        done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas of triton {triton.__version__} for {target}: {done.stderr}")
+    return done.stderr
 
 
 def main() -> int:

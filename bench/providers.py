@@ -133,7 +133,7 @@ def build(name: str) -> tuple[Provider | None, str]:
     objective, maker = _BUILDERS[name]
     try:
         return Provider(name, objective, maker()), ""
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+    except Exception as error:  # a library that does not fit the others may raise anything
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -204,11 +204,20 @@ def _torch_linear_cross_entropy():
 # ---- peers ---------------------------------------------------------------------------------------
 
 
+def on_policy(p: Problem, logprob: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+    """GRPO's loss for a peer that gives logprobs: of `rows`, which leave out nothing but zeros."""
+    ratio = (logprob - logprob.detach()).exp()
+    return -(ratio * p.acc[rows]).sum() / len(p.label)
+
+
 @provider("Liger fused GRPO", "grpo")
 def _liger_grpo():
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo")
+    # It cuts rows and columns itself. With the default of one sequence a chunk every sequence would
+    # have a d(weight) of its own, in fp32 and as large as the head, to be added up in bf16.
+    given = dict(beta=0.0, use_ref_model=False, loss_type="dapo", chunk_size=2**31)
+    loss = LigerFusedLinearGRPOLoss(**given)
 
     def run(p: Problem) -> Tensor:
         shape = (-1, p.length)
@@ -244,17 +253,23 @@ def _liger_flce():
     return lambda p: loss(p.weight, p.hidden, p.ignoring_label)
 
 
-@provider("Liger FLSCE", "ce")
+@provider("Liger FLCE CuTe", "ce")
+def _liger_flce_cute():
+    import cutlass.cute  # noqa: F401
+    from liger_kernel.functional import fused_linear_cross_entropy as function
+
+    # The same loop over chunks with another kernel in it. Without a name it would fall back.
+    given = dict(ignore_index=IGNORED, impl="nvidia-cutedsl")
+    return lambda p: function(p.hidden, p.weight, p.ignoring_label, **given)[0]
+
+
+@provider("Liger FLSCE", "grpo")
 def _liger_flsce():
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
         LigerFusedLinearScaledCrossEntropyFunction as Function,
     )
 
-    def run(p: Problem) -> Tensor:
-        out = Function.apply(p.hidden, p.weight, p.ignoring_label)
-        return (out[0] if isinstance(out, tuple) else out).sum() / p.active.sum()
-
-    return run
+    return lambda p: on_policy(p, -Function.apply(p.hidden, p.weight, p.ignoring_label))
 
 
 @provider("CCE", "ce")
@@ -268,10 +283,13 @@ def _cce():
 def _trl():
     from trl.kernels import ChunkedLogProbFunction as Function
 
+    # Temperature, columns of a chunk, softcap, scale, outputs: as its GRPO trainer calls it.
+    given = (1.0, 32_768, None, 1.0, ("entropy",))
+
     def run(p: Problem) -> Tensor:
         live = p.active
-        out = Function.apply(p.hidden[live], p.weight, None, p.label[live], 1.0, 8192)
-        return -(out[0].exp() / out[0].detach().exp() * p.acc[live]).sum() / len(p.label)
+        out = Function.apply(p.hidden[live], p.weight, None, p.label[live], *given)
+        return on_policy(p, out[0], live)
 
     return run
 
@@ -280,11 +298,7 @@ def _trl():
 def _verl():
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy as function
 
-    def run(p: Problem) -> Tensor:
-        logprob, _ = function(p.hidden, p.weight, p.label, 1.0, "none")
-        return -(logprob.exp() / logprob.detach().exp() * p.acc).sum() / len(p.label)
-
-    return run
+    return lambda p: on_policy(p, function(p.hidden, p.weight, p.label, 1.0, "none")[0])
 
 
 @provider("QuACK", "ce")

@@ -29,52 +29,49 @@ struct Block {
   alignas(64) float slope[kBlock];  // ds/dz times the temperature; where there is a softcap
 };
 
+// What happens to a logit before the softmax. Divided by, not multiplied with an inverse: torch
+// rounds once, and so does this.
+enum Scaling { kPlain, kTemperature, kSoftcap };
+
 // The columns [start, start + kBlock) of a row; returns how many of them exist.
-template <class T, bool kCapped>
+template <class T, Scaling kScaling>
 int fill(Block& block, const Row& row, std::int64_t start) {
   const T* from = static_cast<const T*>(row.logits) + start;
   const int count = row.vocab - start < kBlock ? static_cast<int>(row.vocab - start) : kBlock;
-  const float cap = row.softcap, over_cap = kCapped ? 1.0f / row.softcap : 0.0f;
-  const auto scale = [&](Floats z, int i) {
-    if constexpr (kCapped) {
-      const Floats t = tanh(z * over_cap);
-      store(block.slope + i, 1.0f - t * t);
-      z = t * cap;
+  const auto scale = [&](Floats z, float* s, float* slope) {
+    if constexpr (kScaling == kSoftcap) {
+      const Floats t = tanh(z / row.softcap);
+      store(slope, 1.0f - t * t);
+      z = t * row.softcap;
     }
-    store(block.s + i, z * row.inverse_temperature);
+    store(s, kScaling == kPlain ? z : z / row.temperature);
   };
   int i = 0;
-  for (; i + kWidth <= count; i += kWidth) scale(load(from + i), i);
+  for (; i + kWidth <= count; i += kWidth) scale(load(from + i), block.s + i, block.slope + i);
   if (i < count) {
     T rest[kWidth] = {};
     for (int j = i; j < count; ++j) rest[j - i] = from[j];
-    scale(load(rest), i);
+    scale(load(rest), block.s + i, block.slope + i);
   }
   const std::int64_t label = row.label - start;
   if (label >= 0 && label < count) {
     // Its exact value takes part in the sum too: then logprob <= 0 whatever logits were rounded to.
-    float lanes[kWidth];
-    Floats z = splat(row.target);
-    if constexpr (kCapped) {
-      const Floats t = tanh(z * over_cap);
-      store(lanes, 1.0f - t * t);
-      block.slope[label] = lanes[0];
-      z = t * cap;
-    }
-    store(lanes, z * row.inverse_temperature);
-    block.s[label] = lanes[0];
+    float s[kWidth], slope[kWidth] = {};
+    scale(splat(row.target), s, slope);
+    block.s[label] = s[0];
+    block.slope[label] = slope[0];
   }
   const int whole = (count + kStep - 1) / kStep * kStep;
   for (i = count; i < whole; ++i) block.s[i] = -__builtin_inff();
   return count;
 }
 
-template <class T, bool kCapped>
+template <class T, Scaling kScaling>
 Statistics statistics_of(const Row& row) {
   Block block;
   Statistics all{kLowest, 0.0, 0.0, 0.0f};
   for (std::int64_t start = 0; start < row.vocab; start += kBlock) {
-    const int count = fill<T, kCapped>(block, row, start);
+    const int count = fill<T, kScaling>(block, row, start);
     const std::int64_t label = row.label - start;
     if (label >= 0 && label < count) all.chosen = block.s[label];
     Floats most[kUnroll];
@@ -91,17 +88,20 @@ Statistics statistics_of(const Row& row) {
       all.total *= shrink;
       all.peak = peak;
     }
-    Floats total[kUnroll] = {}, moment[kUnroll] = {};
-    for (int i = 0; i < count; i += kStep)
+    Sum total, moment;
+    for (int i = 0; i < count; i += kStep) {
+      Floats e[kUnroll], m[kUnroll];
       for (int u = 0; u < kUnroll; ++u) {
         Floats x = load(block.s + i + u * kWidth) - peak;
         x = (x < 2 * kExpFloor) ? splat(2 * kExpFloor) : x;  // 0 * -inf would be NaN
-        const Floats e = exp(x);
-        total[u] += e;
-        moment[u] += e * x;
+        e[u] = exp(x);
+        m[u] = e[u] * x;
       }
-    all.total += sum((total[0] + total[1]) + (total[2] + total[3]));
-    all.moment += sum((moment[0] + moment[1]) + (moment[2] + moment[3]));
+      for (int u = 0; u < kUnroll; ++u) total.add(e[u]);
+      moment.add((m[0] + m[1]) + (m[2] + m[3]));
+    }
+    all.total += total.value();
+    all.moment += moment.value();
   }
   return all;
 }
@@ -117,15 +117,12 @@ void mark(const RowGradient& to, const float* d, std::int64_t start, int count) 
     if (d[i] > to.bound || -d[i] > to.bound) __atomic_store_n(live + i, 1, __ATOMIC_RELAXED);
 }
 
-template <class T, bool kCapped>
+template <class T, Scaling kScaling>
 void gradient_of(const Row& row, const RowGradient& to) {
   Block block;
-  float lanes[kWidth];
-  store(lanes, exp(splat(-to.log_total)));
-  const float over_total = lanes[0];
-  const float shift = to.entropy - to.log_total;
+  const float shift = to.entropy - to.log_total, over_temperature = 1.0f / row.temperature;
   for (std::int64_t start = 0; start < row.vocab; start += kBlock) {
-    const int count = fill<T, kCapped>(block, row, start);
+    const int count = fill<T, kScaling>(block, row, start);
     T* out = static_cast<T*>(to.out) + start;
     const std::int64_t label = row.label - start;
     const bool has_label = label >= 0 && label < count;
@@ -134,13 +131,13 @@ void gradient_of(const Row& row, const RowGradient& to) {
     const auto flow = [&](Floats s, float own) {
       Floats x = s - to.peak;
       x = (x < 2 * kExpFloor) ? splat(2 * kExpFloor) : x;
-      const Floats p = exp(x) * over_total;
-      return (own - p * (to.g + to.h * (x + shift))) * row.inverse_temperature;
+      const Floats p = exp(x) * to.over_total;
+      return (own - p * (to.g + to.h * (x + shift))) * over_temperature;
     };
     Floats most = {};
     const auto derive = [&](int i) {
       Floats d = flow(load(block.s + i), 0.0f);
-      if constexpr (kCapped) d *= load(block.slope + i);
+      if constexpr (kScaling == kSoftcap) d *= load(block.slope + i);
       most = larger((d < 0.0f) ? -d : d, most);
       store(block.s + i, d);
       return d;
@@ -155,7 +152,7 @@ void gradient_of(const Row& row, const RowGradient& to) {
     if (has_label) {
       float lanes[kWidth];
       store(lanes, flow(splat(label_s), to.g));
-      block.s[label] = kCapped ? lanes[0] * block.slope[label] : lanes[0];
+      block.s[label] = kScaling == kSoftcap ? lanes[0] * block.slope[label] : lanes[0];
       store_one(out + label, block.s[label]);
     }
     if (to.live != nullptr && (has_label || largest(most) > to.bound))
@@ -165,12 +162,18 @@ void gradient_of(const Row& row, const RowGradient& to) {
 
 template <class T>
 Statistics statistics(const Row& row) {
-  return row.softcap > 0 ? statistics_of<T, true>(row) : statistics_of<T, false>(row);
+  if (row.softcap > 0) return statistics_of<T, kSoftcap>(row);
+  return row.temperature == 1 ? statistics_of<T, kPlain>(row) : statistics_of<T, kTemperature>(row);
 }
 
 template <class T>
 void gradient(const Row& row, const RowGradient& to) {
-  row.softcap > 0 ? gradient_of<T, true>(row, to) : gradient_of<T, false>(row, to);
+  if (row.softcap > 0)
+    gradient_of<T, kSoftcap>(row, to);
+  else if (row.temperature == 1)
+    gradient_of<T, kPlain>(row, to);
+  else
+    gradient_of<T, kTemperature>(row, to);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct Row {
   std::int64_t vocab;
   std::int64_t label;  // outside [0, vocab): another rank's
   float target;        // the label's raw logit, in the place of the one in logits
-  float inverse_temperature;
+  float temperature;
   float softcap;  // 0: none
 };
 
@@ -29,6 +29,7 @@ struct RowGradient {
   void* out;  // may be the logits themselves
   float peak;
   float log_total;
+  float over_total;  // exp(-log_total), less rounded
   float entropy;
   float g;
   float h;

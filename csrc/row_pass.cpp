@@ -48,7 +48,7 @@ struct Chunk {
   std::int64_t width() const { return half ? 2 : 4; }
 
   Row row(std::int64_t i) const {
-    return {logits + i * stride, vocab, label[i], target[i], head.inverse_temperature,
+    return {logits + i * stride, vocab, label[i], target[i], head.temperature,
             head.softcap};
   }
 
@@ -67,7 +67,7 @@ struct Chunk {
   void mark(RowGradient& to, const std::optional<Live>& live) const {
     to.live = live ? live->columns.data<void>() : nullptr;
     to.bound = 0;
-    if (live) to.bound = live->eps * head.inverse_temperature * (std::fabs(to.g) + std::fabs(to.h));
+    if (live) to.bound = live->eps / head.temperature * (std::fabs(to.g) + std::fabs(to.h));
   }
 };
 
@@ -157,8 +157,8 @@ void row_pass(const Tensor& logits, const Tensor& target, const Tensor& label,
     }
     const Slope slope =
         of_loss ? (*of_loss)(i, logprobs[i], entropies[i]) : Slope{g[i], h ? h[i] : 0};
-    RowGradient to{out, s.peak, static_cast<float>(log_total), entropies[i], slope.g, slope.h,
-                   nullptr, 0};
+    RowGradient to{out,      s.peak,  static_cast<float>(log_total), static_cast<float>(1 / s.total),
+                   entropies[i], slope.g, slope.h, nullptr, 0};
     chunk.mark(to, live);
     chunk.gradient(i, to);
   });
@@ -198,9 +198,11 @@ void row_gradient(const Tensor& logits, const Tensor& d_logits, const Tensor& ta
       chunk.clear(out);
       return;
     }
+    const float log_total_i = log_total.data<const float>()[i];
     RowGradient to{out,
                    peak.data<const float>()[i],
-                   log_total.data<const float>()[i],
+                   log_total_i,
+                   static_cast<float>(std::exp(-double{log_total_i})),
                    entropy.data<const float>()[i],
                    given.logprob_grad.data<const float>()[i],
                    h ? h[i] : 0,

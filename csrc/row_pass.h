@@ -11,7 +11,7 @@
 namespace metis {
 
 struct HeadOptions {
-  float inverse_temperature;
+  float temperature;
   float softcap;  // 0: none
 };
 

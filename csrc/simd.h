@@ -75,13 +75,29 @@ inline void store_one(T* to, float x) {
   *to = lanes[0];
 }
 
-inline float sum(Floats v) {
-  float lanes[kWidth];
-  store(lanes, v);
-  for (int width = kWidth / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
+typedef float HalfFloats __attribute__((vector_size(2 * kWidth)));
+typedef double Doubles __attribute__((vector_size(4 * kWidth)));
+
+// The sum of many vectors, in double: a policy that is sure of itself is 1 and a tail of less than a
+// float's rounding of it.
+struct Sum {
+  Doubles low = {}, high = {};
+
+  void add(Floats v) {
+    HalfFloats halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    low += __builtin_convertvector(halves[0], Doubles);
+    high += __builtin_convertvector(halves[1], Doubles);
+  }
+
+  double value() const {
+    const Doubles both = low + high;
+    double lanes[kWidth / 2], all = 0;
+    std::memcpy(lanes, &both, sizeof both);
+    for (double lane : lanes) all += lane;
+    return all;
+  }
+};
 
 inline Floats larger(Floats a, Floats b) { return (a > b) ? a : b; }
 
@@ -123,10 +139,11 @@ inline Floats expm1(Floats x) {
   return (x > -0.25f) ? near : exp(x) - 1.0f;
 }
 
+// To a unit in the last place: near 0 by expm1, elsewhere as what is missing to 1.
 inline Floats tanh(Floats x) {
   const Floats size = (x < 0.0f) ? -x : x;
-  const Floats gap = expm1(-2.0f * size);
-  const Floats t = -gap / (gap + 2.0f);
+  const Floats gap = expm1(-2.0f * size), e = exp(-2.0f * size);
+  const Floats t = (size < 0.5f) ? -gap / (gap + 2.0f) : 1.0f - (e + e) / (e + 1.0f);
   return (x < 0.0f) ? -t : t;
 }
 

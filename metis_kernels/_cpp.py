@@ -137,7 +137,7 @@ def _views(**named: Tensor) -> list:
 
 
 def _head(head: Head):
-    return _C.HeadOptions(1 / head.temperature, head.softcap or 0.0)
+    return _C.HeadOptions(head.temperature, head.softcap or 0.0)
 
 
 def _given(g: Tensor, h: Tensor | None):

@@ -197,7 +197,7 @@ def advantages_kernel(
     tl.store(tool_signal_ptr + row, tool != 0)
 
 
-BLOCK_ROLLOUTS, WARPS = 512, 4
+BLOCK_ROLLOUTS, WARPS = 256, 4
 """Rollouts that a program looks at at once, and warps that share them."""
 
 

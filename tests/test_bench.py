@@ -78,6 +78,19 @@ def test_the_tokens_that_carry_loss_are_what_the_floor_counts(tiny):
     assert given.head(8).label.shape == (8,)
 
 
+@pytest.mark.parametrize("peak", [12.0, -200.0])
+def test_a_peer_that_gives_logprobs_has_the_gradient_of_grpo(peak):
+    """At -200 exp(logprob) is 0 in fp32."""
+    given = providers.Problem.make(64, 16, 97, torch.float32, "cpu", 0.5, 8, peak=peak)
+    rows = given.active
+    logprob = (given.hidden[rows] @ given.weight.t()).log_softmax(1)
+    loss = providers.on_policy(given, logprob.gather(1, given.label[rows, None])[:, 0], rows)
+    mine = torch.autograd.grad(loss, given.leaves)
+    exact = torch.autograd.grad(providers.reference(given, "grpo"), given.leaves)
+    for a, b in zip(mine, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "key", "count"),
     [
