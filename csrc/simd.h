@@ -9,7 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -59,19 +59,11 @@ inline void store(std::uint16_t* to, Floats v) {
 #endif
 }
 
-inline float widen(float x) { return x; }
-
-inline float widen(std::uint16_t x) {
-  const std::uint32_t bits = std::uint32_t{x} << 16;
-  float v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
+// The first of v alone.
 template <class T>
-inline void store_one(T* to, float x) {
+inline void store_one(T* to, Floats v) {
   T lanes[kWidth];
-  store(lanes, splat(x));
+  store(lanes, v);
   *to = lanes[0];
 }
 
@@ -99,7 +91,18 @@ struct Sum {
   }
 };
 
-inline Floats larger(Floats a, Floats b) { return (a > b) ? a : b; }
+// a where a > b, else b: of a NaN in a only b is left, one in b passes.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return (a > b) ? a : b;
+#endif
+}
 
 inline float largest(Floats v) {
   float lanes[kWidth];
@@ -109,30 +112,36 @@ inline float largest(Floats v) {
   return most;
 }
 
-// Below this exp is 0 here. (The smallest normal float is exp(-87.3).)
-constexpr float kExpFloor = -87.0f;
+// exp of it is 0, and 0 times it is 0 (0 times -inf would be NaN).
+constexpr float kExpFloor = -174.0f;
 
-// exp(x) for x <= 88 to one and a half units in the last place; a NaN passes.
+// exp(x) for kExpFloor <= x <= 88, as good as x itself was rounded: to half a unit of x in the last
+// place. exp(0) is 1, a NaN passes. Below the smallest normal float it is 0 or, with AVX-512, what is
+// left of it.
 //
-// x = n log 2 + r with |r| <= log(2) / 2, a polynomial in r, and n added to the exponent. The
-// constant 1.5 * 2^23 leaves n, rounded, in the lowest bits of a float.
+// x log2(e) = n + r with |r| <= 1/2; 2^r is a polynomial (minimax with constant term 1, relative
+// error 2e-9), and n is added to the exponent. 1.5 * 2^23 leaves n, rounded, in a float's low bits.
 inline Floats exp(Floats x) {
   const Floats shift = splat(12582912.0f);
   const Floats n = x * 1.44269504088896341f + shift;
   const Floats whole = n - shift;
-  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Floats r = x * 1.44269504088896341f - whole;
+  Floats p = splat(1.4902517728e-4f);
+  p = p * r + 1.3389582129e-3f;
+  p = p * r + 9.6200179571e-3f;
+  p = p * r + 5.5503651828e-2f;
+  p = p * r + 2.4022636856e-1f;
+  p = p * r + 6.9314718334e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   const Floats scaled = (Floats)((Bits)p + ((Bits)n << 23));
-  return (x < kExpFloor) ? Floats{} : scaled;
+  return (x < -87.0f) ? Floats{} : scaled;
+#endif
 }
 
-// exp(x) - 1 for x <= 0, to a few units in the last place near zero too.
+// exp(x) - 1 for kExpFloor <= x <= 0, to a few units in the last place near zero too.
 inline Floats expm1(Floats x) {
   const Floats near =
       x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))));
@@ -142,7 +151,8 @@ inline Floats expm1(Floats x) {
 // To a unit in the last place: near 0 by expm1, elsewhere as what is missing to 1.
 inline Floats tanh(Floats x) {
   const Floats size = (x < 0.0f) ? -x : x;
-  const Floats gap = expm1(-2.0f * size), e = exp(-2.0f * size);
+  const Floats twice = larger(splat(kExpFloor), -2.0f * size);
+  const Floats gap = expm1(twice), e = exp(twice);
   const Floats t = (size < 0.5f) ? -gap / (gap + 2.0f) : 1.0f - (e + e) / (e + 1.0f);
   return (x < 0.0f) ? -t : t;
 }
