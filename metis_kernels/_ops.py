@@ -167,5 +167,8 @@ def _rounded(gradient: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Ten
     """gradient times a 0-d factor in dtype; the product is rounded once, as it is written."""
     if gradient is None:
         return None
+    looks = not (factor.is_cuda or torch.compiler.is_compiling())  # it costs nothing
+    if looks and gradient.dtype == dtype and factor == 1:
+        return gradient  # autograd copies what it is to keep and others hold, too
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor.to(gradient.dtype), out=out)

@@ -307,18 +307,23 @@ def _project(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> 
         out.add_(bias)
 
 
+OUTER_ROWS = 1 << 14
+"""Rows of d_weight that the CPU makes at a time where its product cannot add to fp32."""
+
+
 def _add_outer(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total [V, H] += left [n, V].T @ right [n, H], summed in total's dtype; first: total is yet to
     be written."""
     beta = 0 if first else 1  # with 0, not even a NaN in total is looked at
     if left.dtype == total.dtype:
         torch.addmm(total, left.t(), right, beta=beta, out=total)
-    elif left.is_cuda:
+        return
+    if left.is_cuda:
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:
-        total.copy_(torch.mm(left.t(), right))
-    else:
-        total.add_(torch.mm(left.t(), right))
+        return
+    for columns, rows in zip(left.split(OUTER_ROWS, 1), total.split(OUTER_ROWS), strict=True):
+        product = torch.mm(columns.t(), right)
+        rows.copy_(product) if first else rows.add_(product)
 
 
 def _add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:
