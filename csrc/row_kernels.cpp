@@ -146,8 +146,8 @@ void mark(const RowGradient& to, std::int64_t column) {
   __atomic_store_n(static_cast<Mark<T>*>(to.live) + column, Mark<T>{1}, __ATOMIC_RELAXED);
 }
 
-// kFull: with a gradient of the entropy, or with marks.
-template <class T, Scaling kScaling, bool kFull>
+// kEntropy: with a gradient of the entropy. kMark: with marks.
+template <class T, Scaling kScaling, bool kEntropy, bool kMark>
 void gradient_of(const Row& row, const RowGradient& to) {
   const T* from = static_cast<const T*>(row.logits);
   T* out = static_cast<T*>(to.out);
@@ -158,14 +158,14 @@ void gradient_of(const Row& row, const RowGradient& to) {
     const Floats s = scaled<kScaling>(z, row, slope);
     const Floats x = larger(splat(kExpFloor), s - to.peak);
     Floats d = exp(x) * factor;
-    if (kFull || whole) {
+    if (kEntropy || whole) {
       const Floats p = exp(x) * to.over_total;
       d = (own - p * (to.g + to.h * (x + shift))) * over_temperature;
     }
     return kScaling == kSoftcap ? d * slope : d;
   };
   const auto note = [&](Floats d, std::int64_t i, int count) {
-    if (!kFull || to.live == nullptr || largest(larger(d, -d)) <= to.bound) return;
+    if (!kMark || largest(larger(d, -d)) <= to.bound) return;
     float lanes[kWidth];
     store(lanes, d);
     for (int j = 0; j < count; ++j)
@@ -178,7 +178,7 @@ void gradient_of(const Row& row, const RowGradient& to) {
     prefetch(from + i);
     const Floats d = derive(load(from + i), 0.0f, false);
     store(out + i, d);
-    if constexpr (kFull) note(d, i, kWidth);
+    if constexpr (kMark) note(d, i, kWidth);
   }
   if (i < row.vocab) {
     const int count = static_cast<int>(row.vocab - i);
@@ -196,28 +196,33 @@ void gradient_of(const Row& row, const RowGradient& to) {
   }
 }
 
-template <class T, bool kFull>
+template <class T, Scaling kScaling>
 void gradient_in(const Row& row, const RowGradient& to) {
-  if (row.softcap > 0)
-    gradient_of<T, kSoftcap, kFull>(row, to);
-  else if (row.temperature == 1)
-    gradient_of<T, kPlain, kFull>(row, to);
+  const bool entropy = to.h != 0, marks = to.live != nullptr;
+  if (entropy)
+    marks ? gradient_of<T, kScaling, true, true>(row, to)
+          : gradient_of<T, kScaling, true, false>(row, to);
   else
-    gradient_of<T, kTemperature, kFull>(row, to);
+    marks ? gradient_of<T, kScaling, false, true>(row, to)
+          : gradient_of<T, kScaling, false, false>(row, to);
 }
 
 template <class T>
 Statistics statistics(const Row& row) {
+  const FlushSubnormals flush;
   if (row.softcap > 0) return statistics_of<T, kSoftcap>(row);
   return row.temperature == 1 ? statistics_of<T, kPlain>(row) : statistics_of<T, kTemperature>(row);
 }
 
 template <class T>
 void gradient(const Row& row, const RowGradient& to) {
-  if (to.h != 0 || to.live != nullptr)
-    gradient_in<T, true>(row, to);
+  const FlushSubnormals flush;
+  if (row.softcap > 0)
+    gradient_in<T, kSoftcap>(row, to);
+  else if (row.temperature == 1)
+    gradient_in<T, kPlain>(row, to);
   else
-    gradient_in<T, false>(row, to);
+    gradient_in<T, kTemperature>(row, to);
 }
 
 }  // namespace

@@ -91,6 +91,28 @@ struct Sum {
   }
 };
 
+// While one of these lives, what this thread computes is 0 where it would be less than the smallest
+// normal float. A matrix product takes many times as long over such numbers.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before_ | (1ull << 24)));
+  }
+  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  unsigned long long before_;
+#endif
+};
+
 // a where a > b, else b: of a NaN in a only b is left, one in b passes.
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -116,8 +138,8 @@ inline float largest(Floats v) {
 constexpr float kExpFloor = -174.0f;
 
 // exp(x) for kExpFloor <= x <= 88, as good as x itself was rounded: to half a unit of x in the last
-// place. exp(0) is 1, a NaN passes. Below the smallest normal float it is 0 or, with AVX-512, what is
-// left of it.
+// place. exp(0) is 1, a NaN passes. Below the smallest normal float it is 0 (with AVX-512 because
+// subnormals are flushed).
 //
 // x log2(e) = n + r with |r| <= 1/2; 2^r is a polynomial (minimax with constant term 1, relative
 // error 2e-9), and n is added to the exponent. 1.5 * 2^23 leaves n, rounded, in a float's low bits.

@@ -86,10 +86,10 @@ def fake_sweep(
     hidden: Tensor, weight: Tensor, label: Tensor, wants: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """What a sweep's operator returns, by shape and dtype."""
-    work = torch.promote_types(weight.dtype, torch.float32)
+    work, dtype = Head(weight).work_dtype, Head(weight).gradient_dtype
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     gradients = (
-        hidden.new_empty(shape, dtype=work) if wanted else hidden.new_empty(0)
+        hidden.new_empty(shape, dtype=dtype) if wanted else hidden.new_empty(0)
         for shape, wanted in zip(shapes, wants, strict=True)
     )
     return *(hidden.new_empty(label.shape, dtype=work) for _ in range(2)), *gradients

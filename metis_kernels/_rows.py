@@ -45,6 +45,13 @@ class Head:
     def dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, self.logits_dtype or self.weight.dtype)
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the gradients that a sweep returns. Rounded by it on a CPU, where most of them are
+        then done (an upstream gradient of 1 is seen to be 1); on a GPU, which nobody is to wait
+        for, the product with the upstream gradient rounds them."""
+        return self.work_dtype if self.weight.is_cuda else self.weight.dtype
+
     def scaled(self, logits: Tensor) -> Tensor:
         """What the softmax sees of raw logits."""
         if self.softcap is not None:

@@ -40,24 +40,31 @@ GOOD_ROWS = 2048
 to its gradient is what they wait for."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""d_hidden [T, H], d_weight [V, H], d_bias [V] in work dtype, or None: rounded once, at the end."""
+"""d_hidden [T, H], d_weight [V, H], d_bias [V] in `Head.gradient_dtype`, or None."""
 
 
 def chunk_rows(
-    count: int, head: Head, chunk_bytes: int | None, copies: int, buffers: int = 1
+    count: int,
+    head: Head,
+    chunk_bytes: int | None,
+    copies: int,
+    buffers: int = 1,
+    learns: bool = False,
 ) -> int:
     """Rows per chunk, a multiple of ROW_TILE, such that what the row pass holds fits chunk_bytes.
 
-    At least one tile, even where that is more; chunks of nearly one size. Default budget: 128 MiB
-    on the CPU; on a GPU 1 GiB, or the logits of GOOD_ROWS rows where those are more; as much for
-    each of `buffers`. Never a function of the memory that happens to be free: it decides the order
-    of sums.
+    At least one tile, even where that is more; chunks of nearly one size. Default budget, for each
+    of `buffers`: on a GPU 1 GiB, or the logits of GOOD_ROWS rows where those are more; on the CPU
+    128 MiB, or half of an fp32 gradient of the head where there is one (`learns`) and it is more,
+    because each chunk reads and writes all of that gradient. Never a function of the memory that
+    happens to be free: it decides the order of sums.
     """
-    vocab = head.weight.shape[0]
+    vocab, width = head.weight.shape
     if chunk_bytes is None and head.weight.is_cuda:
         chunk_bytes = buffers * max(1 << 30, GOOD_ROWS * vocab * head.dtype.itemsize)
     elif chunk_bytes is None:
-        chunk_bytes = buffers << 27
+        half = vocab * width * head.work_dtype.itemsize // 2
+        chunk_bytes = buffers * max(1 << 27, half if learns else 0)
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
     tiles = _tiles(count) // ROW_TILE
@@ -128,12 +135,13 @@ def sweep(
         coefficient = chosen = None
     # Under autocast every product below would be cast down behind our back.
     with torch.autocast(device.type, enabled=False):
-        size = chunk_rows(count, head, chunk_bytes, row_pass.copies, 1 if chosen is None else 2)
+        buffers = 1 if chosen is None else 2
+        size = chunk_rows(count, head, chunk_bytes, row_pass.copies, buffers, wants.weight)
         # fp32 logits of bf16 operands: cuBLAS writes them directly, elsewhere the operands widen.
         widen = head.dtype != hidden.dtype and not hidden.is_cuda
         weight = head.weight.to(head.dtype) if widen else head.weight
-        sums = _Sums(hidden, head, weight, wants, count, chosen)
-        buffers = 2 if chosen is not None and count > size else 1
+        sums = _Sums(hidden, head, weight, wants, chosen, chunks=-(-count // max(size, 1)))
+        buffers = min(buffers, sums.chunks)
         logits_buffers = torch.empty(buffers, size, vocab, dtype=head.dtype, device=device)
         for start in range(0, count, max(size, 1)):
             stop = min(start + size, count)
@@ -158,9 +166,11 @@ def sweep(
                 whole = shard is None and head.softcap is None
                 sums.add(_Chunk(logits, rows, index), mark, sums_to_zero=whole)
         sums.finish()
+    del logits_buffers
     if shard is not None and wants.hidden:
         shard.sum(sums.hidden)
-    return logprob, entropy, (sums.hidden, sums.weight, sums.bias)
+    grads = (sums.hidden, sums.weight, sums.bias)
+    return logprob, entropy, tuple(g if g is None else g.to(head.gradient_dtype) for g in grads)
 
 
 class _Chunk(NamedTuple):
@@ -175,7 +185,8 @@ class _Chunk(NamedTuple):
 
 
 class _Sums:
-    """The gradients of a sweep while they are added up, in work dtype."""
+    """The gradients of a sweep while they are added up: in work dtype, but for a d_weight that one
+    product makes at once."""
 
     def __init__(
         self,
@@ -183,17 +194,19 @@ class _Sums:
         head: Head,
         weight: Tensor,
         wants: Wants,
-        count: int,
         chosen: Filter | None,
+        chunks: int,
     ):
         """weight: head.weight in the dtype of the products."""
-        vocab, self.work = head.weight.shape[0], head.work_dtype
+        vocab, self.work, self.chunks = head.weight.shape[0], head.work_dtype, chunks
         self.head, self.head_weight, self.filter, self.written = head, weight, chosen, False
         # What the first chunk writes needs no zeros; without a chunk there is nobody to write.
-        fresh = torch.empty if count and chosen is None else torch.zeros
+        fresh = torch.empty if chunks and chosen is None else torch.zeros
         shape, device = head.weight.shape, hidden.device
+        at_once = chunks == 1 and chosen is None and head.gradient_dtype != self.work
+        dtype = weight.dtype if at_once else self.work
         self.hidden = hidden.new_zeros(hidden.shape, dtype=self.work) if wants.hidden else None
-        self.weight = fresh(shape, dtype=self.work, device=device) if wants.weight else None
+        self.weight = fresh(shape, dtype=dtype, device=device) if wants.weight else None
         self.bias = hidden.new_zeros(vocab, dtype=self.work) if wants.bias else None
         self.waiting: tuple[_Chunk, Verdict] | None = None
 
@@ -309,21 +322,30 @@ def _project(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 OUTER_ROWS = 1 << 14
 """Rows of d_weight that the CPU makes at a time where its product cannot add to fp32."""
+WIDENED_ROWS = 1 << 12
+"""Of these, rows that are widened at a time. (Added unwidened they would be, all at once.)"""
 
 
 def _add_outer(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total [V, H] += left [n, V].T @ right [n, H], summed in total's dtype; first: total is yet to
     be written."""
-    beta = 0 if first else 1  # with 0, not even a NaN in total is looked at
+    if left.dtype == total.dtype and first:
+        torch.mm(left.t(), right, out=total)
+        return
     if left.dtype == total.dtype:
-        torch.addmm(total, left.t(), right, beta=beta, out=total)
+        torch.addmm(total, left.t(), right, out=total)
         return
     if left.is_cuda:
+        beta = 0 if first else 1  # with 0, not even a NaN in total is looked at
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, beta=beta, out=total)
         return
     for columns, rows in zip(left.split(OUTER_ROWS, 1), total.split(OUTER_ROWS), strict=True):
         product = torch.mm(columns.t(), right)
-        rows.copy_(product) if first else rows.add_(product)
+        if first:
+            rows.copy_(product)
+            continue
+        for part, some in zip(rows.split(WIDENED_ROWS), product.split(WIDENED_ROWS), strict=True):
+            part.add_(some.to(total.dtype))
 
 
 def _add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:

@@ -181,6 +181,17 @@ def test_rows_that_are_not_finite_stay_rows(isa, dtype, softcap):
     assert torch.equal(logprob[6:], same[0]) and torch.equal(entropy[6:], same[1])
 
 
+def test_no_gradient_is_subnormal(isa):
+    """A product takes many times as long over such numbers."""
+    logits = torch.linspace(-110, 0, 4000).repeat(3, 1)
+    target, label = torch.zeros(3), torch.full((3,), 3999)
+    given = Given(torch.tensor([1e-3, 1.0, -30.0]))
+    _cpp.run(logits, target, label, head(4000), given)
+    smallest = logits[logits != 0].abs().min()
+    assert smallest >= torch.finfo(torch.float32).tiny and (logits[:, :100] == 0).all()
+    assert (logits[:, -1000:] != 0).all()
+
+
 def test_nothing_to_do():
     logits, target, label = torch.empty(0, 9), torch.empty(0), torch.empty(0, dtype=torch.int64)
     logprob, entropy = _cpp.run(logits, target, label, head(9), slopes(0))
