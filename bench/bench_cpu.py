@@ -1,6 +1,7 @@
-"""The C++ core against torch on this CPU: the row pass alone, then the whole loss.
+"""The C++ core against torch on this CPU: the row pass, the whole loss, a step of the demo.
 
-    python -m bench.bench_cpu              both, printed
+    python -m bench.bench_cpu              rows and loss, printed
+    python -m bench.bench_cpu --only step --model runs/demo/sft
     python -m bench.bench_cpu --out FILE   and written; the README quotes those of bench/results/
 
 The row pass goes from a chunk of raw logits to logprob, entropy and d(logits). "of copy": the time
@@ -8,18 +9,25 @@ in which torch copies the chunk, in the same run, over this one. Both have to re
 write it once. Rivals: autograd through log_softmax and gather; the same by hand in place, without
 entropy, which is the least that eager torch can do; our own row pass in torch.
 
-The loss is `bench.bench_linear_hdpo`'s cases `shapes.CPU_CORE`.
+The loss is `bench.bench_linear_hdpo`'s cases `shapes.CPU_CORE`. The step is the demo's RL, whose
+loss is computed in C++ at every other step and in torch at those between.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import metis_kernels as mk
 from bench import bench_linear_hdpo, harness, shapes
 from metis_kernels import _cpp, _torch
 from metis_kernels._rows import Given, Head
@@ -94,6 +102,51 @@ def rows(rounds: int) -> list[dict]:
     return records
 
 
+def demo_step(model: Path, steps: int) -> list[dict]:
+    """Milliseconds of a step of RL and of the loss in it (with the head's gradients), by impl."""
+    import trainer.rl
+    from trainer import cli
+
+    taken, names, exact = [], ("cpp", "torch"), mk.linear_hdpo_loss
+    end_of_step = trainer.rl.optimizer_step
+
+    def loss(*given, **options):
+        start = time.perf_counter()
+        out = exact(*given, impl=names[len(taken) % 2], **options)
+        seconds[0] += time.perf_counter() - start
+        return out
+
+    def ended(*given):
+        taken.append(seconds[0])
+        seconds[0] = 0.0
+        return end_of_step(*given)
+
+    seconds = [0.0]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(mk, "linear_hdpo_loss", loss),
+        mock.patch.object(trainer.rl, "optimizer_step", ended),
+    ):
+        settings = [f"model.path={model.resolve()}", f"rl.steps={steps}"]
+        status = cli.main(["rl", "--runs", folder, "--name", "step", *settings])
+        if status:
+            raise SystemExit(f"metis rl ended with {status}")
+        lines = Path(folder, "step", "metrics.jsonl").read_text().splitlines()
+    metrics = [m for m in map(json.loads, lines) if m["stage"] == "rl"]
+    records = []
+    for index, name in enumerate(names):
+        whole = [m["rollout_seconds"] + m["update_seconds"] for m in metrics]
+        ours, step = taken[index::2][1:], whole[index::2][1:]  # the first of each warms up
+        records.append({
+            "impl": name, "steps": len(step), "loss_ms": 1e3 * statistics.median(ours),
+            "step_ms": 1e3 * statistics.median(step), "share": sum(ours) / sum(step),
+        })  # fmt: skip
+        print(
+            "  {impl:6} {loss_ms:7.1f} ms of {step_ms:7.1f} ms: {share:.1%}".format(**records[-1])
+        )
+    return records
+
+
 def show(r: dict) -> None:
     print(
         f"  {r['rows']:4} x {r['vocab']:7,} {r['dtype']:9} {r['variant']:20} "
@@ -106,24 +159,30 @@ def show(r: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="of the row pass; the loss: a third")
-    parser.add_argument("--only", choices=("rows", "loss"))
+    parser.add_argument("--only", choices=("rows", "loss", "step"))
+    parser.add_argument("--model", type=Path, default=Path("runs/demo/sft"), help="of the step")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, help="JSON file to write the results into")
     args = parser.parse_args()
     reason = _cpp.unavailable(torch.device("cpu"))
     if reason is not None:
         raise SystemExit(f"bench_cpu measures the C++ core, and {reason}")
     print(f"{harness.device_name()}, {torch.get_num_threads()} threads, {_cpp.instruction_sets()}")
-    if args.only != "loss":
+    if args.only in (None, "rows"):
         measured = rows(args.rounds)
         if args.out:
             harness.write(args.out, "cpu_rows", measured)
-    if args.only != "rows":
+    if args.only in (None, "loss"):
         measured = []
         for case in shapes.CPU_CORE:
             measured += bench_linear_hdpo.run_case(case, max(args.rounds // 3, 2))
             bench_linear_hdpo.show(measured[-len(case.providers) - 1 :])
         if args.out:
             harness.write(args.out, "linear_hdpo", measured)
+    if args.only == "step":
+        measured = demo_step(args.model, args.steps)
+        if args.out:
+            harness.write(args.out, "demo_step", measured)
 
 
 if __name__ == "__main__":

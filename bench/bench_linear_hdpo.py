@@ -262,7 +262,7 @@ def main() -> None:
         show(measured)
         records += measured
     if args.out:
-        harness.write(args.out, "linear_hdpo", records)
+        harness.write(args.out, "filter" if args.samples else "linear_hdpo", records)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ Record = dict[str, Any]
 Entries = dict[str, dict[str, Any]]
 """benchmark -> {"stamp": ..., "records": [...]}, as `bench.harness.write` leaves it"""
 
-BENCHMARKS = ("linear_hdpo", "logprobs", "advantages")
+BENCHMARKS = ("linear_hdpo", "filter", "cpu_rows", "demo_step", "logprobs", "advantages")
 NOTHING = "–"
 NO_TIMINGS = (
     "No timings are recorded: `bash bench/run_gpu.sh` takes them on a machine with a GPU, "
@@ -174,14 +174,18 @@ def _pictured(stem: str, entries: Entries) -> dict[str, list[list[Record]]]:
     return shown
 
 
-def _cases(entries: Entries) -> list[list[Record]]:
-    """The records of linear_hdpo, cut where a case begins: with the bare products."""
+def _cases(entries: Entries, benchmark: str = "linear_hdpo") -> list[list[Record]]:
+    """The records of a benchmark, cut where a case begins: with the bare products."""
     cases: list[list[Record]] = []
-    for record in entries.get("linear_hdpo", {"records": []})["records"]:
+    for record in entries.get(benchmark, {"records": []})["records"]:
         if record["provider"] == "products":
             cases.append([])
         cases[-1].append(record)
     return cases
+
+
+def _is_rival(record: Record) -> bool:
+    return record["provider"] != "products" and not record["provider"].startswith("ours")
 
 
 def _differs_in_share_alone(one: Record, other: Record) -> bool:
@@ -194,10 +198,17 @@ def _device(stem: str, entries: Entries) -> str:
     """All that one file says."""
     parts = [_stamps(entries)]
     cases = _cases(entries)
-    if cases:
-        parts += _first_case(cases[0])
-    if len(cases) > 1:
+    full = [case for case in cases if any(_is_rival(record) for record in case)]
+    for case in full or cases[:1]:
+        parts += _everybody(case)
+    if len(cases) > max(len(full), 1):
         parts += _ours(cases)
+    if "filter" in entries:
+        parts += _filtered(_cases(entries, "filter"))
+    if "cpu_rows" in entries:
+        parts += _cpu_rows(entries["cpu_rows"]["records"])
+    if "demo_step" in entries:
+        parts.append(_demo_step(entries["demo_step"]["records"]))
     if "logprobs" in entries:
         parts += _logprobs(entries["logprobs"]["records"])
     if "advantages" in entries:
@@ -234,8 +245,8 @@ def _setting(record: Record, varied: bool = False) -> str:
     )
 
 
-def _first_case(case: list[Record]) -> list[str]:
-    """Everybody on the first case, fastest first, and who was not timed."""
+def _everybody(case: list[Record]) -> list[str]:
+    """Everybody on one case, fastest first, and who was not timed."""
     timed = [r for r in case if "median_ms" in r]
     timed.sort(key=lambda r: (r["provider"] != "products", r["median_ms"]))
     columns = "provider, objective, ms, x products, TFLOP/s, peak MiB, gradient error"
@@ -273,6 +284,53 @@ def _ours(cases: list[list[Record]]) -> list[str]:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
         return ["`ours` in every case:", _table(columns, rows)]
     return ['`ours` in every case; filtered: `grad_filter="auto"`:', _table(columns, rows)]
+
+
+def _filtered(cases: list[list[Record]]) -> list[str]:
+    """What `grad_filter="auto"` saves and loses on a language model's own logits."""
+    rows = []
+    for case in cases:
+        plain, other = _record(case, "ours"), _record(case, "ours filtered")
+        rows.append([
+            f"{case[0]['temperature']:g}", f"{case[0]['entropy']:.2f}",
+            f"{other['live_share']:.1%}" if "live_share" in other else NOTHING,
+            *(_figures(r.get("of_floor")) for r in (plain, other)),
+            *(_error(r.get("gradient_error")) for r in (plain, other)),
+        ])  # fmt: skip
+    first = cases[0][0]
+    columns = "temperature, entropy (nats), live columns, x products, x products filtered"
+    columns += ", gradient error, gradient error filtered"
+    return [
+        f'`grad_filter="auto"` on the logits of {first["head"]}, {first["tokens"]:,} tokens, '
+        f"{first['dtype']}, sharpened by a temperature:",
+        _table(columns.split(", "), rows),
+    ]
+
+
+def _cpu_rows(records: list[Record]) -> list[str]:
+    """The row pass alone: milliseconds, and how many times that of ours."""
+    chunks = list(dict.fromkeys((r["rows"], r["vocab"], r["dtype"]) for r in records))
+    cell = {
+        (r["variant"], r["rows"], r["vocab"], r["dtype"]): f"{_figures(r['median_ms'])} "
+        f"({_figures(r['of_ours'])})"
+        for r in records
+    }
+    names = dict.fromkeys(r["variant"] for r in records)
+    rows = [[name, *(cell.get((name, *chunk), NOTHING) for chunk in chunks)] for name in names]
+    columns = [f"{count} x {vocab:,}, {dtype}" for count, vocab, dtype in chunks]
+    return [
+        "The row pass alone, from raw logits to logprob, entropy and d(logits) in their place: ms "
+        "(and times ours); copy: the logits copied, that is read and written once:",
+        _table(["", *columns], rows),
+    ]
+
+
+def _demo_step(records: list[Record]) -> str:
+    said = (
+        f"{r['impl']} {_figures(r['loss_ms'])} of {_figures(r['step_ms'])} ms ({r['share']:.1%})"
+        for r in records
+    )
+    return f"The loss within a step of the demo's RL, step by step in turn: {'; '.join(said)}."
 
 
 def _record(case: list[Record], provider: str) -> Record:
