@@ -134,12 +134,13 @@ inline float largest(Floats v) {
   return most;
 }
 
-// exp of it is 0, and 0 times it is 0 (0 times -inf would be NaN).
+// Below the first, exp is 0 here: 1e-30, so that its product with what else is small in a gradient is
+// still a normal number. The second is for what is to be multiplied: 0 times -inf would be NaN.
+constexpr float kExpZero = -69.0f;
 constexpr float kExpFloor = -174.0f;
 
 // exp(x) for kExpFloor <= x <= 88, as good as x itself was rounded: to half a unit of x in the last
-// place. exp(0) is 1, a NaN passes. Below the smallest normal float it is 0 (with AVX-512 because
-// subnormals are flushed).
+// place. exp(0) is 1, a NaN passes.
 //
 // x log2(e) = n + r with |r| <= 1/2; 2^r is a polynomial (minimax with constant term 1, relative
 // error 2e-9), and n is added to the exponent. 1.5 * 2^23 leaves n, rounded, in a float's low bits.
@@ -156,10 +157,11 @@ inline Floats exp(Floats x) {
   p = p * r + 6.9314718334e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kExpZero), _CMP_NLT_UQ);
+  return (Floats)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)whole);
 #else
   const Floats scaled = (Floats)((Bits)p + ((Bits)n << 23));
-  return (x < -87.0f) ? Floats{} : scaled;
+  return (x < kExpZero) ? Floats{} : scaled;
 #endif
 }
 

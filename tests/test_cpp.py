@@ -182,14 +182,14 @@ def test_rows_that_are_not_finite_stay_rows(isa, dtype, softcap):
 
 
 def test_no_gradient_is_subnormal(isa):
-    """A product takes many times as long over such numbers."""
+    """A matrix product takes many times as long over such numbers, and over those that it makes
+    of two that are not far from them."""
     logits = torch.linspace(-110, 0, 4000).repeat(3, 1)
     target, label = torch.zeros(3), torch.full((3,), 3999)
     given = Given(torch.tensor([1e-3, 1.0, -30.0]))
     _cpp.run(logits, target, label, head(4000), given)
     smallest = logits[logits != 0].abs().min()
-    assert smallest >= torch.finfo(torch.float32).tiny and (logits[:, :100] == 0).all()
-    assert (logits[:, -1000:] != 0).all()
+    assert smallest >= 1e-34 and (logits[:, :100] == 0).all() and (logits[:, -1000:] != 0).all()
 
 
 def test_nothing_to_do():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tolerance import CONFIGS, assert_close, grads, hdpo_problem, make_head, make_targets, near_old
 
-from metis_kernels import HDPOConfig, linear_hdpo_loss
-from metis_kernels._filter import Columns
+from metis_kernels import HDPOConfig, _sweep, linear_hdpo_loss
+from metis_kernels._filter import Columns, Verdict
 from metis_kernels.linear_hdpo import linear_hdpo_ref
 
 
@@ -112,3 +112,23 @@ def test_a_filter_that_is_none(wrong):
     h, w, _, targets = hdpo_problem()
     with pytest.raises(ValueError, match="grad_filter must be"):
         linear_hdpo_loss(h, w, targets, HDPOConfig(), grad_filter=wrong)
+
+
+def test_the_host_asks_only_after_the_next_product_has_been_launched(monkeypatch):
+    seen = []
+
+    def logged(name, function):
+        def call(*given):
+            seen.append(name)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(_sweep, "_project", logged("product", _sweep._project))
+    monkeypatch.setattr(Verdict, "columns", logged("asked", Verdict.columns))
+    h, w, b, targets = sharp(HDPOConfig(), "cpu")
+    options = dict(bias=b, chunk_bytes=2 * 16 * 3001 * 4, impl="torch")
+    linear_hdpo_loss(h, w, targets, HDPOConfig(), grad_filter=2.4e-4, **options)
+    chunks = seen.count("product")
+    assert chunks > 2
+    assert seen == ["product", *["product", "asked"] * (chunks - 1), "asked"]
