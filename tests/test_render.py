@@ -282,3 +282,46 @@ def test_nothing_but_the_results_decides(tmp_path):
         folder.mkdir()
         write(folder, linear_hdpo=suite(), logprobs=LOGPROBS, advantages=ADVANTAGES)
     assert block(one) == block(two) and drawn(one) == drawn(two)
+
+
+def test_real_logits_have_a_table_of_what_the_filter_saves_and_loses(tmp_path):
+    here = dict(head="A Model", tokens=2048, dtype="float32", temperature=0.5, entropy=0.74)
+    records = case(
+        timed("ours", 20.4, gradient_error=2e-6),
+        timed("ours filtered", 11.0, gradient_error=1.6e-3, live_share=0.134),
+        **here,
+    )
+    write(tmp_path, filter=records)
+    text = block(tmp_path)
+    assert "on the logits of A Model, 2,048 tokens, float32" in text
+    assert "| 0.5 | 0.74 | 13.4% | 1.02 | 0.550 | 2.0e-06 | 1.6e-03 |" in text
+
+
+def test_the_row_pass_and_the_step_on_a_cpu(tmp_path):
+    rows = [
+        {"variant": name, "rows": 512, "vocab": v, "dtype": "float32", "median_ms": ms}
+        | {"of_ours": ms / 5.0, "of_copy": 1.0}
+        for name, v, ms in [("copy", 32_000, 4.9), ("ours cpp", 32_000, 5.0), ("copy", 99, 1.0)]
+    ]
+    steps = [
+        {"impl": "cpp", "steps": 9, "loss_ms": 10.1, "step_ms": 1930.0, "share": 0.005},
+        {"impl": "torch", "steps": 9, "loss_ms": 12.7, "step_ms": 2004.0, "share": 0.006},
+    ]
+    write(tmp_path, cpu_rows=rows, demo_step=steps)
+    text = block(tmp_path)
+    assert "|  | 512 x 32,000, float32 | 512 x 99, float32 |" in text
+    assert (
+        "| copy | 4.90 (0.980) | 1.00 (0.200) |" in text
+        and "| ours cpp | 5.00 (1.00) | – |" in text
+    )
+    assert "cpp 10.1 of 1,930 ms (0.5%); torch 12.7 of 2,004 ms (0.6%)" in text
+
+
+def test_every_case_with_a_rival_has_a_table_of_everybody(tmp_path):
+    records = [
+        *case(timed("ours", 24.0), timed("torch eager", 60.0), dtype="float32"),
+        *case(timed("ours", 12.0), timed("torch eager", 50.0)),
+    ]
+    write(tmp_path, linear_hdpo=records)
+    text = block(tmp_path)
+    assert text.count("| torch eager |") == 2 and "in every case" not in text

@@ -115,7 +115,7 @@ def test_one_temperature_is_measured_for_the_providers_asked_for(file, bench, tm
     flags = ["--samples", str(file), "--temperature", "0.5", "--dtype", "float32", "--rounds", "2"]
     shown = bench(*flags, "--out", str(out), "--providers", *names)
     assert "made up at temperature 0.5  96 tokens" in shown and "of the columns live" in shown
-    records = json.loads(out.read_text())["linear_hdpo"]["records"]
+    records = json.loads(out.read_text())["filter"]["records"]
     assert [r["provider"] for r in records] == ["products", *names]
     for record in records:
         assert record["samples"] == record["head"] == "made up"
@@ -128,7 +128,7 @@ def test_one_temperature_is_measured_for_the_providers_asked_for(file, bench, tm
 def test_without_a_temperature_it_is_a_suite_for_the_filter(file, bench, tmp_path):
     out = tmp_path / "out.json"
     bench("--samples", str(file), "--rounds", "2", "--out", str(out))
-    records = json.loads(out.read_text())["linear_hdpo"]["records"]
+    records = json.loads(out.read_text())["filter"]["records"]
     seen = [(r["temperature"], r["provider"]) for r in records if r["provider"] != "products"]
     temperatures = (1.0, 0.7, 0.5, 0.35, 0.25)
     assert seen == [(t, name) for t in temperatures for name in ("ours", "ours filtered")]
