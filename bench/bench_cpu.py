@@ -59,8 +59,8 @@ def variants(logits: Tensor, label: Tensor, g: Tensor) -> dict[str, Callable[[Te
 
     def ours(run: Callable, isa: str = "") -> Callable[[Tensor], Tensor]:
         def call(z: Tensor) -> Tensor:
-            _cpp.ISA = isa
-            run(z, target, label, head, given)
+            with mock.patch.object(_cpp, "ISA", isa):
+                run(z, target, label, head, given)
             return z
 
         return call
@@ -141,9 +141,8 @@ def demo_step(model: Path, steps: int) -> list[dict]:
             "impl": name, "steps": len(step), "loss_ms": 1e3 * statistics.median(ours),
             "step_ms": 1e3 * statistics.median(step), "share": sum(ours) / sum(step),
         })  # fmt: skip
-        print(
-            "  {impl:6} {loss_ms:7.1f} ms of {step_ms:7.1f} ms: {share:.1%}".format(**records[-1])
-        )
+        r = records[-1]
+        print(f"  {name:6} {r['loss_ms']:7.1f} ms of {r['step_ms']:7.1f} ms: {r['share']:.1%}")
     return records
 
 

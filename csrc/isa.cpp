@@ -26,15 +26,13 @@ struct Choice {
 const RowKernels* row_kernels(const char* name) {
   const Choice choices[] = {
 #if defined(METIS_X86)
-      {&row_kernels_avx512bf16, __builtin_cpu_supports("avx512f") &&
-                                    __builtin_cpu_supports("avx512bw") &&
-                                    __builtin_cpu_supports("avx512dq") &&
-                                    __builtin_cpu_supports("avx512vl") &&
-                                    __builtin_cpu_supports("avx512bf16")},
-      {&row_kernels_avx512, __builtin_cpu_supports("avx512f") &&
-                                __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512dq") &&
-                                __builtin_cpu_supports("avx512vl")},
+      {&row_kernels_avx512bf16,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16")},
+      {&row_kernels_avx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {&row_kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&row_kernels_baseline, true},

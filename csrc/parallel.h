@@ -1,9 +1,9 @@
 // Threads for loops over rows: the ones that torch has already.
 //
 // An OpenMP runtime keeps its threads spinning for milliseconds after a parallel region. A second
-// pool beside torch's would share the cores with spinning threads, so the loop asks the runtime that
-// torch has loaded, by the entry point that libgomp, libomp and libiomp5 have in common. Where none
-// is loaded it starts threads of its own.
+// pool beside torch's would share the cores with spinning threads, so the loop asks the runtime
+// that torch has loaded, by the entry point that libgomp, libomp and libiomp5 have in common. Where
+// none is loaded it starts threads of its own.
 
 #pragma once
 

@@ -22,7 +22,7 @@ constexpr int kUnroll = 4;
 constexpr int kStep = kUnroll * kWidth;
 static_assert(kBlock % kStep == 0);
 
-constexpr float kLowest = -3.4e38f;  // below every finite logit, and what it is subtracted from stays
+constexpr float kLowest = -3.4e38f;  // where a running maximum starts; finite, for -inf - -inf
 
 // What happens to a logit before the softmax. Divided by, not multiplied with an inverse: torch
 // rounds once, and so does this.
@@ -85,8 +85,8 @@ void prefetch(const T* here) {
   __builtin_prefetch(here + kBlock);
 }
 
-// Sums e and e (s - peak) over a block, which came from the logits at `from`. kPrecise: where some e is near 1, beside which the others
-// are less than a float's rounding.
+// Sums e and e (s - peak) over a block, which came from the logits at `from`. kPrecise: where some
+// e is near 1, beside which the others are less than a float's rounding.
 template <bool kPrecise, class T>
 void add_up(const Block& block, const T* from, int count, Statistics& all) {
   Sum exact;
@@ -172,13 +172,12 @@ void gradient_of(const Row& row, const RowGradient& to) {
       if (lanes[j] > to.bound || -lanes[j] > to.bound) mark<T>(to, i + j);
   };
   // The label's own logit is not the one to go by: its exact value is, and comes last.
-  const bool has_label = row.label >= 0 && row.label < row.vocab;
   std::int64_t i = 0;
   for (; i + kWidth <= row.vocab; i += kWidth) {
     prefetch(from + i);
     const Floats d = derive(load(from + i), 0.0f, false);
     store(out + i, d);
-    if constexpr (kMark) note(d, i, kWidth);
+    note(d, i, kWidth);
   }
   if (i < row.vocab) {
     const int count = static_cast<int>(row.vocab - i);
@@ -189,7 +188,7 @@ void gradient_of(const Row& row, const RowGradient& to) {
     for (int j = 0; j < count; ++j) out[i + j] = rest[j];
     note(d, i, count);
   }
-  if (has_label) {
+  if (row.label >= 0 && row.label < row.vocab) {
     const Floats d = derive(splat(row.target), to.g, true);
     store_one(out + row.label, d);
     note(d, row.label, 1);

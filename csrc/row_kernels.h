@@ -24,7 +24,8 @@ struct Statistics {
   float chosen;
 };
 
-// The loss's gradients with respect to the row's logprob and entropy, and where d(logits) go.
+// What the second pass takes of the first, the loss's gradients with respect to the row's logprob
+// (g) and entropy (h), and where d(logits) go.
 struct RowGradient {
   void* out;  // may be the logits themselves
   float peak;

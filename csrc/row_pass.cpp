@@ -1,5 +1,6 @@
 #include "row_pass.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -48,13 +49,15 @@ struct Chunk {
   std::int64_t width() const { return half ? 2 : 4; }
 
   Row row(std::int64_t i) const {
-    return {logits + i * stride, vocab, label[i], target[i], head.temperature,
-            head.softcap};
+    return {logits + i * stride, vocab, label[i], target[i], head.temperature, head.softcap};
   }
 
   Statistics statistics(std::int64_t i) const { return kernels->statistics[half](row(i)); }
 
-  void gradient(std::int64_t i, const RowGradient& to) const {
+  // The second pass over row i, with marks where they are asked for.
+  void gradient(std::int64_t i, RowGradient to, const std::optional<Live>& live) const {
+    to.live = live ? live->columns.data<void>() : nullptr;
+    to.bound = live ? live->eps / head.temperature * (std::fabs(to.g) + std::fabs(to.h)) : 0;
     kernels->gradient[half](row(i), to);
   }
 
@@ -62,12 +65,6 @@ struct Chunk {
 
   void check(const std::optional<Live>& live) const {
     if (live) expect(live->columns, half ? "int16" : "int32", {vocab});
-  }
-
-  void mark(RowGradient& to, const std::optional<Live>& live) const {
-    to.live = live ? live->columns.data<void>() : nullptr;
-    to.bound = 0;
-    if (live) to.bound = live->eps / head.temperature * (std::fabs(to.g) + std::fabs(to.h));
   }
 };
 
@@ -98,8 +95,8 @@ class HDPOSlope {
     const double log_ratio = old_ ? double{logprob} - old_[i] : 0;
     const double ref_gap = ref_ ? double{ref_[i]} - logprob : 0;
     const double weight = is_weight_ ? is_weight_[i] : 1;
-    const double everything = log_ratio + ref_gap + weight + acc_[i] + tool_[i] +
-                              (o.entropy_coef > 0 ? entropy : 0);
+    const double everything =
+        log_ratio + ref_gap + weight + acc_[i] + tool_[i] + (o.entropy_coef > 0 ? entropy : 0);
     if (!std::isfinite(logprob) || !std::isfinite(everything)) return {0, 0};
     const double ratio = std::exp(std::min(log_ratio, kExpLimit));
     double g = 0;
@@ -113,8 +110,8 @@ class HDPOSlope {
   // An advantage where its surrogate is unclipped, else 0.
   double pull(double advantage, double ratio) const {
     const HDPOOptions& o = options_;
-    const bool kept = advantage > 0 ? ratio <= 1 + o.clip_high
-                                    : 1 - o.clip_low <= ratio && ratio <= o.dual_clip;
+    const bool kept =
+        advantage > 0 ? ratio <= 1 + o.clip_high : 1 - o.clip_low <= ratio && ratio <= o.dual_clip;
     return kept ? advantage : 0;
   }
 
@@ -157,10 +154,15 @@ void row_pass(const Tensor& logits, const Tensor& target, const Tensor& label,
     }
     const Slope slope =
         of_loss ? (*of_loss)(i, logprobs[i], entropies[i]) : Slope{g[i], h ? h[i] : 0};
-    RowGradient to{out,      s.peak,  static_cast<float>(log_total), static_cast<float>(1 / s.total),
-                   entropies[i], slope.g, slope.h, nullptr, 0};
-    chunk.mark(to, live);
-    chunk.gradient(i, to);
+    RowGradient to{};
+    to.out = out;
+    to.peak = s.peak;
+    to.log_total = static_cast<float>(log_total);
+    to.over_total = static_cast<float>(1 / s.total);
+    to.entropy = entropies[i];
+    to.g = slope.g;
+    to.h = slope.h;
+    chunk.gradient(i, to, live);
   });
 }
 
@@ -198,18 +200,15 @@ void row_gradient(const Tensor& logits, const Tensor& d_logits, const Tensor& ta
       chunk.clear(out);
       return;
     }
-    const float log_total_i = log_total.data<const float>()[i];
-    RowGradient to{out,
-                   peak.data<const float>()[i],
-                   log_total_i,
-                   static_cast<float>(std::exp(-double{log_total_i})),
-                   entropy.data<const float>()[i],
-                   given.logprob_grad.data<const float>()[i],
-                   h ? h[i] : 0,
-                   nullptr,
-                   0};
-    chunk.mark(to, live);
-    chunk.gradient(i, to);
+    RowGradient to{};
+    to.out = out;
+    to.peak = peak.data<const float>()[i];
+    to.log_total = log_total.data<const float>()[i];
+    to.over_total = static_cast<float>(std::exp(-double{to.log_total}));
+    to.entropy = entropy.data<const float>()[i];
+    to.g = given.logprob_grad.data<const float>()[i];
+    to.h = h ? h[i] : 0;
+    chunk.gradient(i, to, live);
   });
 }
 

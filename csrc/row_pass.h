@@ -19,7 +19,7 @@ struct HeadOptions {
 struct HDPOOptions {
   double w_acc, w_tool;  // already over n_acc, n_tool
   double clip_low, clip_high;
-  double dual_clip;  // infinity: none
+  double dual_clip;              // infinity: none
   double kl_coef, entropy_coef;  // already over n_acc
 };
 
@@ -59,7 +59,6 @@ void row_statistics(const Tensor& logits, const Tensor& target, const Tensor& la
 void row_gradient(const Tensor& logits, const Tensor& d_logits, const Tensor& target,
                   const Tensor& label, const Tensor& peak, const Tensor& log_total,
                   const Tensor& entropy, const Tensor& alive, const Given& given,
-                  const HeadOptions& head, const std::optional<Live>& live,
-                  const Runtime& runtime);
+                  const HeadOptions& head, const std::optional<Live>& live, const Runtime& runtime);
 
 }  // namespace metis

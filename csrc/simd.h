@@ -1,9 +1,9 @@
 // Vectors of floats, as wide as the instruction set that a file is compiled for, in the compiler's
 // own vector types: one source for AVX-512, AVX2, SSE2 and NEON.
 //
-// Included by files that are compiled once per instruction set (CMakeLists.txt). Everything here has
-// internal linkage, and nothing of the standard library that would be emitted out of line may be
-// used beside it: the linker would keep one copy of it, maybe the one with AVX-512 in it.
+// Included by files that are compiled once per instruction set (CMakeLists.txt). Everything here
+// has internal linkage, and nothing of the standard library that would be emitted out of line may
+// be used beside it: the linker would keep one copy of it, maybe the one with AVX-512 in it.
 
 #pragma once
 
@@ -25,7 +25,6 @@ constexpr int kWidth = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef std::uint32_t Bits __attribute__((vector_size(4 * kWidth)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
@@ -70,8 +69,8 @@ inline void store_one(T* to, Floats v) {
 typedef float HalfFloats __attribute__((vector_size(2 * kWidth)));
 typedef double Doubles __attribute__((vector_size(4 * kWidth)));
 
-// The sum of many vectors, in double: a policy that is sure of itself is 1 and a tail of less than a
-// float's rounding of it.
+// The sum of many vectors, in double: a policy that is sure of itself is 1 and a tail of less than
+// a float's rounding of it.
 struct Sum {
   Doubles low = {}, high = {};
 
@@ -134,8 +133,8 @@ inline float largest(Floats v) {
   return most;
 }
 
-// Below the first, exp is 0 here: 1e-30, so that its product with what else is small in a gradient is
-// still a normal number. The second is for what is to be multiplied: 0 times -inf would be NaN.
+// Below the first, exp is 0 here: 1e-30, so that its product with what else is small in a gradient
+// is still a normal number. The second is for what is to be multiplied: 0 times -inf would be NaN.
 constexpr float kExpZero = -69.0f;
 constexpr float kExpFloor = -174.0f;
 

@@ -103,7 +103,8 @@ def _(hidden, weight, bias, row, label, *rest):
 class GradientInForward(torch.autograd.Function):
     """Hangs gradients that the forward has already computed onto a loss.
 
-    Backward multiplies them with the upstream gradient and rounds them, in one pass.
+    Backward multiplies them with the upstream gradient and rounds them (on a CPU the forward has:
+    `Head.gradient_dtype`), in one pass, or in none where it sees that the upstream gradient is 1.
     """
 
     @staticmethod
@@ -164,7 +165,7 @@ def recompute(
 
 
 def _rounded(gradient: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Tensor | None:
-    """gradient times a 0-d factor in dtype; the product is rounded once, as it is written."""
+    """gradient times a 0-d factor, rounded to dtype as it is written."""
     if gradient is None:
         return None
     looks = not (factor.is_cuda or torch.compiler.is_compiling())  # it costs nothing
