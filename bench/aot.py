@@ -32,15 +32,17 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from metis_kernels import _triton, advantages  # noqa: E402
 from metis_kernels.logprobs import backward_kernel, forward_kernel  # noqa: E402
+from metis_kernels.prefix_attention import MERGE_WARPS, merge_block, merge_kernel  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
     "logits": None, "d_logits": None, "label": "i64", "group": "i64", "correct": "i1",
     "scored": "i1", "truncated": "i1", "alive": "i1", "qualifies": "i1",
-    "acc_signal": "i1", "tool_signal": "i1",
+    "acc_signal": "i1", "tool_signal": "i1", "out": None, "other": None, "rows": "i64",
 }  # fmt: skip
-"""Element type of a `NAME_ptr`; None is the dtype of the logits, what is not named is fp32."""
-INTEGERS = ("V", "N")
+"""Element type of a `NAME_ptr`; None is the dtype of the logits (of attention's outputs), what is
+not named is fp32."""
+INTEGERS = ("V", "N", "R")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def cases() -> Iterator[Case]:
     yield from row_kernels()
     yield from halves()
     yield from logprob_kernels()
+    yield from merge_kernels()
     for std in (False, True):
         constants = dict(HAS_SCORED=True, HAS_TRUNCATED=True, STD=std)
         constants["BLOCK"] = advantages.BLOCK_ROLLOUTS
@@ -131,6 +134,14 @@ def logprob_kernels() -> Iterator[Case]:
             constants = dict(HAS_G=True, HAS_ENTROPY=entropy, BLOCK=block)
             label = f"logprobs.backward_kernel{' entropy' * entropy} {block}"
             yield Case(label, backward_kernel, logits, constants, warps)
+
+
+def merge_kernels() -> Iterator[Case]:
+    for dtype, head_dim, rows in itertools.product(DTYPES, (64, 96, 128, 256), (False, True)):
+        block_r, block_d = merge_block(head_dim)
+        constants = dict(D=head_dim, HAS_ROWS=rows, BLOCK_R=block_r, BLOCK_D=block_d)
+        label = f"merge_kernel{' rows' * rows} {head_dim}"
+        yield Case(label, merge_kernel, dtype, constants, MERGE_WARPS)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "packing.h"
 #include "parallel.h"
 #include "row_kernels.h"
 #include "row_pass.h"
@@ -11,7 +12,7 @@ namespace py = pybind11;
 using namespace metis;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ core of metis_kernels; metis_kernels/_cpp.py is its only caller.";
+  m.doc() = "The C++ core of metis_kernels; metis_kernels/_cpp.py and packing.py call it.";
 
   py::class_<Tensor>(m, "Tensor")
       .def(py::init<std::string, std::uintptr_t, std::string, std::vector<std::int64_t>,
@@ -26,6 +27,20 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Runtime>(m, "Runtime").def(py::init<int, std::string>());
 
   const auto released = py::call_guard<py::gil_scoped_release>();
+  using Integers = std::vector<std::int64_t>;
+  using Floats = std::vector<float>;
+  using Addresses = Rollouts::Addresses;
+  py::class_<PackingBatch>(m, "PackingBatch")
+      .def(py::init<Integers, Integers, Integers, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                    Tensor, Optional, Optional, Optional>());
+  py::class_<Rollouts>(m, "Rollouts")
+      .def(py::init<Integers, Addresses, Addresses, Addresses, Integers, std::int64_t, Floats,
+                    Floats, std::array<Addresses, 3>, int>(),
+           released)
+      .def("policy_tokens", &Rollouts::policy_tokens)
+      .def("common_prefixes", &Rollouts::common_prefixes, released)
+      .def("assemble", &Rollouts::assemble, released);
+
   m.def("row_pass", &row_pass, released);
   m.def("row_statistics", &row_statistics, released);
   m.def("row_gradient", &row_gradient, released);

@@ -14,19 +14,21 @@ from typing import Any
 import torch
 
 IMPLEMENTATIONS = ("triton", "cpp", "torch")
-"""In the order in which "auto" prefers them."""
+"""In the order in which "auto" prefers them, of an operator that declares no others."""
 CPU_IMPLEMENTATIONS = ("cpp", "torch")
 """The same on a CPU, where Triton is its interpreter: for tests, and only when it is named."""
 
 _log = logging.getLogger("metis_kernels")
 _registry: dict[str, dict[str, _Entry]] = {}
+_names: dict[str, tuple[str, ...]] = {}
+"""Of the operators that declare their own."""
 _announced: set[tuple[str, str, str]] = set()
 
 
 @dataclass(frozen=True)
 class _Entry:
     function: Callable[..., Any]
-    unavailable: Callable[[torch.device, torch.dtype | None], str | None]
+    unavailable: Callable[..., str | None]
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,28 @@ class Status:
         return "\n".join([f"on {self.device}:", *lines])
 
 
+def declare(operator: str, names: tuple[str, ...]) -> None:
+    """Gives an operator implementation names of its own, in the order in which "auto" prefers them
+    on every device. Ahead of the first `register`."""
+    _names[operator] = names
+
+
+def names(operator: str) -> tuple[str, ...]:
+    """What impl may be, without "auto"."""
+    return _names.get(operator, IMPLEMENTATIONS)
+
+
 def register(
     operator: str,
     implementation: str,
     function: Callable[..., Any],
-    unavailable: Callable[[torch.device, torch.dtype | None], str | None] = lambda *_: None,
+    unavailable: Callable[..., str | None] = lambda *_, **__: None,
 ) -> None:
-    """Adds (or replaces) an implementation. unavailable(device, dtype) gives the reason, or None;
-    a dtype of None asks about the device alone."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    """Adds (or replaces) an implementation. unavailable(device, dtype, **arguments) gives the
+    reason, or None; a dtype of None asks about the device alone. Which arguments there are, all of
+    them optional, is the operator's own affair: it passes them to `resolve`."""
+    if implementation not in names(operator):
+        raise ValueError(f"implementation must be one of {names(operator)}, got {implementation!r}")
     _registry.setdefault(operator, {})[implementation] = _Entry(function, unavailable)
 
 
@@ -77,17 +91,19 @@ def unavailable_reason(
     implementation: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **arguments: Any,
 ) -> str | None:
-    """Why an implementation cannot run on device (default: the one that this machine would use) and
-    dtype, or None where it can. Raises ValueError for names that do not exist."""
+    """Why an implementation cannot run on device (default: the one that this machine would use),
+    dtype and the operator's arguments, or None where it can. Raises ValueError for names that do
+    not exist."""
     if operator not in _registry:
         raise ValueError(f"operator must be one of {tuple(_registry)}, got {operator!r}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation not in names(operator):
+        raise ValueError(f"impl must be one of {names(operator)}, got {implementation!r}")
     entry = _registry[operator].get(implementation)
     if entry is None:
         return "not built: this version has no such implementation of the operator"
-    return entry.unavailable(_device(device), dtype)
+    return entry.unavailable(_device(device), dtype, **arguments)
 
 
 def resolve(
@@ -95,21 +111,26 @@ def resolve(
     impl: str = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **arguments: Any,
 ) -> str:
     """The name of the implementation to run.
 
-    "auto" takes the first available of IMPLEMENTATIONS (on a CPU of CPU_IMPLEMENTATIONS) and logs
-    its choice once per process, operator and kind of device. A named one is returned, or
-    RuntimeError says why it cannot run.
+    "auto" takes the first available of the operator's `names` (where it declares none, on a CPU of
+    CPU_IMPLEMENTATIONS) and logs its choice once per process, operator and kind of device. A named
+    one is returned, or RuntimeError says why it cannot run.
     """
     where = _device(device)
     if impl != "auto":
-        reason = unavailable_reason(operator, impl, where, dtype)
+        reason = unavailable_reason(operator, impl, where, dtype, **arguments)
         if reason is not None:
             raise RuntimeError(f'{operator}: impl="{impl}" cannot run on {where}: {reason}')
         return impl
-    names = CPU_IMPLEMENTATIONS if where.type == "cpu" else IMPLEMENTATIONS
-    reasons = {name: unavailable_reason(operator, name, where, dtype) for name in names}
+    preferred = names(operator)
+    if where.type == "cpu" and operator not in _names:
+        preferred = CPU_IMPLEMENTATIONS
+    reasons = {
+        name: unavailable_reason(operator, name, where, dtype, **arguments) for name in preferred
+    }
     for name, reason in reasons.items():
         if reason is None:
             key = (operator, name, where.type)
@@ -125,16 +146,17 @@ def implementation(
     impl: str = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **arguments: Any,
 ) -> Callable[..., Any]:
     """The function that `resolve` names."""
-    return _registry[operator][resolve(operator, impl, device, dtype)].function
+    return _registry[operator][resolve(operator, impl, device, dtype, **arguments)].function
 
 
 def status(device: torch.device | str | None = None) -> Status:
     """Every operator and implementation, with the reason where one cannot run on device."""
     rows = []
     for operator in _registry:
-        for name in IMPLEMENTATIONS:
+        for name in names(operator):
             reason = unavailable_reason(operator, name, device)
             rows.append(StatusRow(operator, name, reason is None, reason or ""))
     return Status(str(_device(device)), tuple(rows))

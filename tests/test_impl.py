@@ -15,6 +15,7 @@ from metis_kernels import HDPOConfig, HDPOTargets, _impl, linear_hdpo_loss, line
 def registry(monkeypatch):
     """A registry of its own, with one operator that has two implementations."""
     monkeypatch.setattr(_impl, "_registry", {})
+    monkeypatch.setattr(_impl, "_names", {})
     monkeypatch.setattr(_impl, "_announced", set())
     _impl.register("op", "torch", lambda: "plain")
     _impl.register(
@@ -57,6 +58,40 @@ def test_unknown_names(registry):
     ):
         with pytest.raises(ValueError, match="must be one of"):
             call()
+
+
+def test_an_operator_may_have_names_of_its_own(registry):
+    """In its own order, on a CPU too; the others keep theirs."""
+    _impl.declare("attend", ("flash", "dense"))
+    _impl.register("attend", "dense", lambda: "dense")
+    _impl.register(
+        "attend",
+        "flash",
+        lambda: "flash",
+        lambda device, dtype, *, softcap=None: None if softcap is None else "no softcap",
+    )
+    assert _impl.names("attend") == ("flash", "dense") and _impl.names("op") == (
+        "triton",
+        "cpp",
+        "torch",
+    )
+    assert _impl.resolve("attend", "auto", "cpu") == "flash"
+    assert _impl.resolve("attend", "auto", "cpu", softcap=2.0) == "dense"
+    assert _impl.implementation("attend", "auto", "cpu", softcap=2.0)() == "dense"
+    with pytest.raises(RuntimeError, match='impl="flash" cannot run on cpu: no softcap'):
+        _impl.resolve("attend", "flash", "cpu", softcap=2.0)
+    with pytest.raises(ValueError, match=r"one of \('flash', 'dense'\), got 'torch'"):
+        _impl.resolve("attend", "torch", "cpu")
+    with pytest.raises(ValueError, match=r"one of \('flash', 'dense'\), got 'cpp'"):
+        _impl.register("attend", "cpp", print)
+    with pytest.raises(ValueError, match="got 'flash'"):
+        _impl.resolve("op", "flash", "cpu")
+    rows = [(r.operator, r.implementation) for r in status("cpu").rows]
+    assert rows == [
+        *(("op", name) for name in ("triton", "cpp", "torch")),
+        ("attend", "flash"),
+        ("attend", "dense"),
+    ]
 
 
 def test_nothing_can_run(monkeypatch):

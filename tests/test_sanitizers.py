@@ -63,7 +63,7 @@ def run(extension: Path, program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_nothing_reads_or_writes_where_it_must_not(extension):
     program = "import pytest; sys.exit(pytest.main(['-q', '-x', '-s', '-p', 'no:cacheprovider', "
-    done = run(extension, program + "'tests/test_cpp.py']))")
+    done = run(extension, program + "'tests/test_cpp.py', 'tests/test_packing.py']))")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
 

@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 1 the run failed, 2 something that was asked for is wrong (no work was done),
 130 interrupted (what was finished is kept).
+
+Under torchrun every process runs this program; the first one alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, ConfigError, load
-from trainer.log import RunError, RunLog, open_run
+from trainer.log import Muted, RunError, RunLog, open_run
+from trainer.parallel import World, join, leave
 from trainer.types import TrainingError
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -38,11 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ConfigError, RunError, FileNotFoundError) as error:
-        print(f"metis {args.command}: {error}", file=sys.stderr)
-        return WRONG
+        return _failed(args, error, WRONG)
     except TrainingError as error:
+        return _failed(args, error, FAILED)
+
+
+def _failed(args: argparse.Namespace, error: Exception, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # what one process cannot do, none can
         print(f"metis {args.command}: {error}", file=sys.stderr)
-        return FAILED
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         if trains:
-            sub.add_argument("--config", metavar="FILE", help="YAML settings (default: built in)")
+            sub.add_argument("--config", metavar="FILE", help="YAML settings, or a recipe's name")
             sub.add_argument("--seed", type=int, help="shorthand for seed=N")
             sub.add_argument("--runs", default="runs", metavar="FOLDER", help="default: runs")
             sub.add_argument("--name", default=name, help=f"run folder (default: {name})")
@@ -90,11 +98,19 @@ def _parser() -> argparse.ArgumentParser:
 class Program:
     """A run folder, its log, the task, the model and the player of trajectories."""
 
-    def __init__(self, config: Config, folder: Path, log: RunLog, stopping: Callable[[], bool]):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        log: RunLog,
+        stopping: Callable[[], bool],
+        world: World,
+    ):
         # Imported here, so that a wrong flag is answered at once and not after torch has loaded.
         import torch
         from transformers.utils import logging as transformers_logging
 
+        from metis_kernels.adapters.hf import apply_liger
         from trainer.engines.hf import HFEngine
         from trainer.model import VisionLanguageModel
         from trainer.rollout import Limits, Player
@@ -103,36 +119,63 @@ class Program:
         transformers_logging.disable_progress_bar()
         torch.manual_seed(config.seed)
         self.config, self.folder, self.log, self.stopping = config, folder, log, stopping
+        self.world = world
         self.task = load_task(config.task)
         path = _model_path(config)
         device = config.model.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vlm = VisionLanguageModel.load(path, config.model.dtype, device)
+        model = config.model
+        self.vlm = VisionLanguageModel.load(
+            path,
+            model.dtype,
+            device,
+            freeze_vision=model.freeze_vision,
+            checkpointing=model.checkpointing,
+            lora=model.lora,
+        )
+        apply_liger(self.vlm.model)
+        # What plays, is evaluated and saved: the model itself, or the plain copy of a sharded one.
+        self.played = replace(self.vlm, model=world.replica(self.vlm.model))
+        world.shard(self.vlm.model)
         rollout = config.rollout
         limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
-        self.player = Player(self.vlm, self.task.toolbox(), limits)
-        self.direct_player = Player(self.vlm, None, limits)
+        self.player = Player(self.played, self.task.toolbox(), limits)
+        self.direct_player = Player(self.played, None, limits)
         self.engine = HFEngine(
-            self.vlm, temperature=rollout.temperature, max_batch=rollout.max_batch
+            self.played, temperature=rollout.temperature, max_batch=rollout.max_batch
         )
         self.greedy = HFEngine(
-            self.vlm, temperature=config.evaluate.temperature, max_batch=rollout.max_batch
+            self.played, temperature=config.evaluate.temperature, max_batch=rollout.max_batch
         )
 
     def close(self) -> None:
         self.player.close()
         self.direct_player.close()
 
+    def _save(self, name: str) -> None:
+        if self.world.main:
+            self.played.save(self.folder / name)
+
     def sft(self) -> None:
         from trainer.sft import demonstrate, sft
 
-        config = self.config.sft
-        rollouts = demonstrate(
-            self.task, self.player, config, self.config.seed, self.log, self.stopping
+        config, log = self.config.sft, self.log
+        seed, world = self.config.seed, self.world
+        rollouts = demonstrate(self.task, self.player, config, seed, log, self.stopping, world)
+        optimizer = self.config.optimizer
+        sft(
+            self.vlm,
+            rollouts,
+            config,
+            seed,
+            log,
+            self.stopping,
+            optimizer_config=optimizer,
+            world=world,
         )
-        sft(self.vlm, rollouts, config, self.config.seed, self.log, self.stopping)
-        self.vlm.save(self.folder / "sft")
+        world.refresh(self.played.model, self.vlm.model)
+        self._save("sft")
 
     def rl(self, config: Config | None = None, log: RunLog | None = None) -> None:
         from trainer.records import records
@@ -154,10 +197,12 @@ class Program:
                 log,
                 self.stopping,
                 record,
+                optimizer_config=config.optimizer,
+                world=self.world,
             )
         finally:
             if log is self.log:  # interrupted or not, what was learned is kept
-                self.vlm.save(self.folder / "final")
+                self._save("final")
 
     def evaluate(self, stage: str, *, tools: bool = True, log: RunLog | None = None):
         """Measures on the held-out questions; a few rollouts of each kind go to rollouts.jsonl with
@@ -168,7 +213,9 @@ class Program:
         log = log or self.log
         questions = self.task.heldout(self.config.evaluate.questions)
         player = self.player if tools else self.direct_player
-        measures, rollouts = evaluate(player, self.greedy, questions, log, stage, self.stopping)
+        measures, rollouts = evaluate(
+            player, self.greedy, questions, log, stage, self.stopping, self.world
+        )
         shown: dict[str, list] = {}
         for rollout in rollouts:
             shown.setdefault(rollout.question.kind, []).append(rollout)
@@ -186,13 +233,14 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
         settings.append(f"seed={args.seed}")
     config = load(args.config, settings)
     _check_model(config)
-    folder = open_run(args.runs, args.name, args.overwrite)
-    with RunLog(folder) as log, _stopping(log) as stopping:
+    world = join()
+    folder = _open(args, world)
+    with RunLog(folder) if world.main else Muted(folder) as log, _stopping(log) as stopping:
         log.config(config.to_dict())
         summary: dict[str, Any] = {"status": "failed", "seed": config.seed, "stages": {}}
         program = None
         try:
-            program = Program(config, folder, log, stopping)
+            program = Program(config, folder, log, stopping, world)
             summary |= _versions(config)
             yield program, summary
             summary["status"] = "complete"
@@ -203,8 +251,24 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
                 program.close()
             summary["seconds"] = round(log.seconds, 1)
             log.summary(summary)
-            _write_report(folder, log)
+            if world.main:
+                _write_report(folder, log)
             log.say(f"{summary['status']} after {log.seconds:.0f} s: {folder}/")
+            leave()
+
+
+def _open(args: argparse.Namespace, world: World) -> Path:
+    """The run folder, made by the first process; where it cannot, every process says so."""
+    opened: Path | RunError | None = None
+    if world.main:
+        try:
+            opened = open_run(args.runs, args.name, args.overwrite)
+        except RunError as error:
+            opened = error
+    opened = world.broadcast(opened)
+    if isinstance(opened, RunError):
+        raise opened
+    return opened
 
 
 def _model_path(config: Config) -> str | Path:
@@ -277,6 +341,8 @@ def _ended(summary: dict[str, Any]) -> int:
 def _demo(args: argparse.Namespace) -> int:
     with _program(args) as (program, summary):
         log = program.log
+        if args.compare and (program.config.model.lora is not None or program.world.size > 1):
+            raise ConfigError("--compare resets all weights: it takes one process, no model.lora")
         with _timed(summary, log, "evaluate_seconds"):
             summary["base"] = program.evaluate("base_eval", tools=False)
         with _timed(summary, log, "sft_seconds"):

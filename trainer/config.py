@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -25,13 +25,36 @@ from pydantic import (
 
 from metis_kernels import HDPOConfig
 
+RECIPES = Path(__file__).parent / "recipes"
+"""Settings for common machines; `--config NAME` takes a file of this folder without its suffix."""
 
-class ConfigError(Exception):
+
+class ConfigError(ValueError):
     """A setting is wrong: the message names it, its limit and the mend."""
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LoraConfig(Section):
+    """Adapters of low rank, in float32, on linear layers of the language model; all else is frozen.
+    Models are saved with the adapters merged, so whatever loads them needs to know nothing."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """For SFT alone: with dropout the logprobs of RL are noise, and the first ratio is not 1."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of layers, or their last parts ("q_proj"). null: every linear layer of the language
+    model. The LM head is never one."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the frozen linear layers of the language model in 4 bits (QLoRA), by bitsandbytes, which
+    is made for CUDA; on a CPU it works, slowly."""
 
 
 class ModelConfig(Section):
@@ -40,6 +63,32 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     device: str = "auto"
     """"auto": cuda where there is a GPU, else cpu."""
+    freeze_vision: bool | None = None
+    """Whether the vision tower and its merger stay as they are. null: yes, but for towers of less
+    than 10 million parameters (the demo's, and what was trained from it), which learn with the
+    rest."""
+    checkpointing: Literal["none", "layers", "offload"] = "none"
+    """What a layer leaves for its backward. none: all activations. layers: its input alone; the
+    rest is computed again. offload: and that input lies in host memory."""
+    lora: LoraConfig | None = None
+    """null: all weights that are not frozen are trained."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.lora is not None and self.freeze_vision is False:
+            raise ValueError(
+                "freeze_vision is false, but lora trains adapters of the language model alone; "
+                "leave freeze_vision out, or lora"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw: torch's, with states in float32, for float32 weights. adamw8bit: torchao's, a byte
+    for each state, with stochastic rounding of bfloat16 weights."""
+    offload_during_rollouts: bool = False
+    """Whether the states lie in host memory while the policy plays."""
 
 
 class RolloutConfig(Section):
@@ -66,10 +115,12 @@ class SFTConfig(Section):
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(10, ge=0)
     """Steps of linear warm-up; the rate then falls linearly to a tenth."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Decay of the optimizer's two moments."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_batch_tokens: int = Field(16_384, ge=1)
-    """Padded tokens of a micro-batch. The gradient does not depend on it."""
+    """Packed tokens of a micro-batch. The gradient does not depend on it."""
 
 
 class _Loss(Section):
@@ -89,12 +140,16 @@ class _Loss(Section):
 
 
 # Field by field what HDPOConfig is, so that names and defaults have one home. The temperature is
-# rollout.temperature, and a dtype is spelled as a word.
+# rollout.temperature, a dtype is spelled as a word, and tool_norm has a default of its own: here,
+# and not in RLConfig, so that a file that sets another field of the loss keeps it.
 LossConfig = create_model(
     "LossConfig",
     __base__=_Loss,
     **{
-        field.name: (get_type_hints(HDPOConfig)[field.name], field.default)
+        field.name: (
+            get_type_hints(HDPOConfig)[field.name],
+            "qualifying" if field.name == "tool_norm" else field.default,
+        )
         for field in fields(HDPOConfig)
         if field.name not in ("temperature", "logits_dtype")
     },
@@ -114,14 +169,16 @@ class RLConfig(Section):
     warmup: int = Field(3, ge=0)
     decay: float = Field(0.3, ge=0, le=1)
     """Share of the steps, at the end, over which the rate falls to a tenth."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the optimizer's two moments."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_batch_tokens: int = Field(16_384, ge=1)
-    """Padded tokens of a micro-batch. The gradient does not depend on it."""
+    """Packed tokens of a micro-batch. The gradient does not depend on it."""
     reward: Literal["decoupled", "coupled"] = "decoupled"
     """decoupled: HDPO's two channels. coupled: one channel, r_acc + coupled_alpha / (T + 1)."""
     coupled_alpha: float = Field(0.5, ge=0)
-    loss: LossConfig = LossConfig(tool_norm="qualifying")
+    loss: LossConfig = LossConfig()
     """The loss of metis_kernels; w_tool = 0 is plain GRPO. tool_norm is not the reference's
     "signal": there the effective weight of the tool channel grows as fewer groups differ in their
     calls (0.3 to 0.7 in this task instead of 0.15), until guessing pays (LOG.md)."""
@@ -138,6 +195,7 @@ class Config(Section):
     task: Literal["glyphs"] = "glyphs"
     seed: int = Field(0, ge=0)
     model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     rollout: RolloutConfig = RolloutConfig()
     sft: SFTConfig = SFTConfig()
     rl: RLConfig = RLConfig()
@@ -148,17 +206,22 @@ class Config(Section):
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Settings from a YAML file (None: the defaults) and `section.key=value` overrides.
+    """Settings from a YAML file (None: the defaults) and `section.key=value` overrides. A path may
+    be the bare name of a recipe: "tiny_cpu".
 
     Raises ConfigError for a file that is missing or no YAML mapping, an unknown key, or a value
     outside its type or limits.
     """
     tree: dict[str, Any] = {}
     if path is not None:
+        names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+        file = RECIPES / f"{path}.yaml" if str(path) in names else Path(path)
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.safe_load(file.read_text()) or {}
         except FileNotFoundError:
-            raise ConfigError(f"no configuration file at {path}") from None
+            raise ConfigError(
+                f"no configuration file at {path}; the recipes are: {', '.join(names)}"
+            ) from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
         if not isinstance(tree, dict):
@@ -188,8 +251,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one or None
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _keys(kind, f"{prefix}{name}.")
     return keys
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.engines.hf import HFEngine
 from trainer.log import RunLog
+from trainer.parallel import World
 from trainer.rollout import Player
 from trainer.types import Question, Rollout
 
@@ -26,15 +27,23 @@ def evaluate(
     log: RunLog,
     name: str,
     stopping: Callable[[], bool],
+    world: World | None = None,
 ) -> tuple[dict[str, Any], list[Rollout]]:
-    """Plays every question once -> (measures, rollouts in the order of the questions)."""
+    """Plays every question once, each rank its share -> (measures, rollouts in the order of the
+    questions)."""
+    world = world or World()
+    mine = world.share(list(enumerate(questions)))
     rollouts: list[Rollout] = []
-    with log.progress(name, len(questions)) as bar:
-        for start in range(0, len(questions), engine.max_batch):
-            part = questions[start : start + engine.max_batch]
-            seeds = [_SEED + start + n for n in range(len(part))]
-            rollouts += player.play(engine, part, seeds, stopping=stopping)
+    with log.progress(name, len(mine)) as bar:
+        for start in range(0, len(mine), engine.max_batch):
+            part = mine[start : start + engine.max_batch]
+            seeds = [_SEED + n for n, _ in part]
+            asked = [question for _, question in part]
+            rollouts += player.play(
+                engine, asked, seeds, stopping=stopping if world.size == 1 else lambda: False
+            )
             bar.advance(len(part))
+    rollouts = world.gather(rollouts)
     return measure(rollouts), rollouts
 
 

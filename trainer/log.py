@@ -367,6 +367,19 @@ class RunLog:
         self.console.print(arbitration_table(title, before, after, base))
 
 
+class Muted(RunLog):
+    """The log of a process that leaves writing and speaking to another."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, console=Console(quiet=True))
+
+    def _whole(self, name: str, text: str) -> None:
+        pass
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        pass
+
+
 class Progress:
     """What `RunLog.progress` hands out."""
 

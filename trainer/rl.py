@@ -4,7 +4,9 @@
 
 A step: play `prompts` questions `group_size` times each, score, normalise both channels within the
 groups, count the normalisers over the whole optimizer batch, and take the gradient of DESIGN's loss
-over micro-batches. Rollouts that carry no gradient are never run through the model again.
+over micro-batches in which a group's prompt and pictures are computed once. Rollouts that carry no
+gradient are never run through the model again. Under torchrun each rank plays a share of the
+questions and computes a share of the micro-batches.
 
 Where this departs from the reference: groups of equal rewards have advantages of exactly 0; the
 normalisers do not depend on how the batch is cut; what could not be scored leaves both channels and
@@ -13,7 +15,6 @@ every count.
 
 from __future__ import annotations
 
-import copy
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -24,11 +25,14 @@ import torch
 from torch import Tensor
 
 import metis_kernels as mk
-from trainer.batch import Batch, by_length, collate
-from trainer.config import RLConfig
+from metis_kernels.adapters import hf
+from trainer.batch import Batch, pack
+from trainer.config import OptimizerConfig, RLConfig
 from trainer.engines.hf import HFEngine
 from trainer.log import RunLog
-from trainer.model import VisionLanguageModel, optimizer_step
+from trainer.model import Reference, VisionLanguageModel
+from trainer.optimizer import make_optimizer, optimizer_step, states_on_host
+from trainer.parallel import World
 from trainer.rollout import Player
 from trainer.tasks import Task
 from trainer.types import Rollout, TrainingError
@@ -47,30 +51,37 @@ def rl(
     log: RunLog,
     stopping: Callable[[], bool],
     record: Callable[[str, int, Sequence[Rollout], mk.Advantages], None],
+    *,
+    optimizer_config: OptimizerConfig | None = None,
+    world: World | None = None,
 ) -> None:
-    """Trains in place. `record` is handed the rollouts of every step."""
+    """Trains in place. `record` is handed the rollouts of every step. engine and player may play on
+    a replica of the weights; it is kept up with them."""
+    world = world or World()
+    optimizer_config = optimizer_config or OptimizerConfig()
     loss_config = config.loss.hdpo(engine.temperature)
     if config.reward == "coupled":
         loss_config = replace(loss_config, w_tool=0.0)
-    reference = copy.deepcopy(vlm.model).requires_grad_(False) if config.loss.kl_coef else None
-    optimizer = torch.optim.AdamW(
-        vlm.model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    optimizer = make_optimizer(
+        vlm.model, optimizer_config, config.lr, config.betas, config.weight_decay
     )
+    reference = Reference(vlm) if config.loss.kl_coef else None
     nonfinite = 0
     with log.progress("rl", config.steps) as bar:
         for step in range(1, config.steps + 1):
             start = time.perf_counter()
-            rollouts = _play(task, player, engine, config, seed, step, stopping)
+            with states_on_host(optimizer, optimizer_config.offload_during_rollouts):
+                rollouts = _play(task, player, engine, config, seed, step, stopping, world)
             played = time.perf_counter()
             advantages = group_advantages(rollouts, config)
             updates = []
             lr = config.lr * schedule(step, config)
-            batches = optimizer_batches(rollouts, advantages, config, loss_config)
+            batches = optimizer_batches(vlm, rollouts, advantages, config, loss_config, world)
             if len(batches) > 1:  # the first step moves the policy under the others
                 for batch in batches:
                     batch.score_old(vlm, loss_config)
             for batch in batches:
-                measures = batch.backward(vlm, loss_config, reference)
+                measures = batch.backward(vlm, loss_config, reference, world)
                 norm = optimizer_step(vlm.model, optimizer, lr, config.max_grad_norm)
                 updates.append(measures | {"grad_norm": norm})
                 nonfinite = 0 if torch.isfinite(norm) else nonfinite + 1
@@ -79,6 +90,7 @@ def rl(
                         f"the gradient was not finite {nonfinite} times in a row at step {step}; "
                         "the weights are those before; lower rl.lr or look at metrics.jsonl"
                     )
+            world.refresh(engine.vlm.model, vlm.model)
             record("rl", step, rollouts, advantages)
             seconds = time.perf_counter() - start
             values = _measures(rollouts, advantages, config, updates) | {
@@ -100,12 +112,45 @@ def schedule(step: int, config: RLConfig) -> float:
     return warm * max(0.1, min(1.0, left))
 
 
-def _play(task, player, engine, config: RLConfig, seed: int, step: int, stopping):
+def _play(
+    task: Task,
+    player: Player,
+    engine: HFEngine,
+    config: RLConfig,
+    seed: int,
+    step: int,
+    stopping: Callable[[], bool],
+    world: World,
+) -> list[Rollout]:
     """The rollouts of a step, group after group: a function of (seed, step)."""
+    if world.size > 1:  # a rank that stopped by itself would leave the others waiting
+        if world.any(stopping()):
+            raise KeyboardInterrupt
+        stopping = _never
     questions = task.train(seed, (step - 1) * config.prompts, config.prompts)
-    repeated = [question for question in questions for _ in range(config.group_size)]
-    seeds = [zlib.crc32(f"{seed}/{step}/{n}".encode()) for n in range(len(repeated))]
-    return player.play(engine, repeated, seeds, stopping=stopping)
+    repeated = [
+        (question, zlib.crc32(f"{seed}/{step}/{g * config.group_size + i}".encode()))
+        for g, question in enumerate(questions)
+        for i in range(config.group_size)
+    ]
+    mine = world.share(repeated)
+    played = player.play(engine, *zip(*mine, strict=True), stopping=stopping) if mine else []
+    return one_question_a_group(world.gather(played), config.group_size)
+
+
+def one_question_a_group(rollouts: list[Rollout], group_size: int) -> list[Rollout]:
+    """What came from other processes has copies of a question's pictures; a group shares one set,
+    so that its prompt is packed once."""
+    for start in range(0, len(rollouts), group_size):
+        question = rollouts[start].question
+        for rollout in rollouts[start : start + group_size]:
+            rollout.images[: len(question.images)] = question.images
+            rollout.question = question
+    return rollouts
+
+
+def _never() -> bool:
+    return False
 
 
 def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advantages:
@@ -134,52 +179,46 @@ of it is 0 for a step in which no rollout carries any."""
 
 @dataclass
 class OptimizerBatch:
-    """What one optimizer step is made of: the rollouts that carry gradient, and global counts."""
+    """What one optimizer step is made of: this rank's micro-batches of the rollouts that carry
+    gradient, and global counts."""
 
-    rollouts: list[Rollout]
-    acc: Tensor
-    """[n] accuracy advantage of each."""
-    tool: Tensor
-    """[n] tool advantage of each."""
+    batches: list[Batch]
     n_acc: Tensor
     n_tool: Tensor
-    parts: list[list[int]]
-    """Micro-batches: indices into `rollouts`."""
     old_logprob: list[Tensor] | None = None
-    """[S] of every part; None where the policy has not moved since it sampled."""
+    """[S] of every micro-batch; None where the policy has not moved since it sampled."""
 
     def score_old(self, vlm: VisionLanguageModel, config: mk.HDPOConfig) -> None:
         """Notes the logprobs under the policy as it is now, over the same micro-batches that the
         loss will see: while it has not moved, the ratio is exactly 1."""
-        batches = (collate(vlm, [self.rollouts[i] for i in part]) for part in self.parts)
-        self.old_logprob = [_score(vlm.model, batch, config) for batch in batches]
+        self.old_logprob = [_score(vlm, batch, config) for batch in self.batches]
 
     def backward(
         self,
         vlm: VisionLanguageModel,
         config: mk.HDPOConfig,
-        reference: torch.nn.Module | None = None,
+        reference: Reference | None = None,
+        world: World | None = None,
     ) -> dict[str, Tensor]:
         """Accumulates the gradient of the whole batch -> its measures: sums of the losses, means
         over its tokens of the rest."""
+        world = world or World()
         totals = dict.fromkeys(_SUMMED + _AVERAGED, torch.zeros(()))
-        for number, part in enumerate(self.parts):
-            batch = collate(vlm, [self.rollouts[i] for i in part])
-            index = torch.tensor(part)[batch.sequence.cpu()]
-            device = batch.row.device
-            targets = mk.HDPOTargets(
-                row=batch.row,
-                label=batch.label,
+        for number, batch in enumerate(self.batches):
+            ref_logprob = None
+            if reference is not None:
+                with reference():
+                    ref_logprob = _score(vlm, batch, config)
+            hidden = batch.hidden(vlm)
+            head = hf.head(vlm.model)
+            targets = batch.packed.to(hidden.device).targets(
+                self.n_acc,
+                self.n_tool,
                 old_logprob=None if self.old_logprob is None else self.old_logprob[number],
-                acc_advantage=self.acc[index].to(device),
-                tool_advantage=self.tool[index].to(device),
-                n_acc=self.n_acc,
-                n_tool=self.n_tool,
-                ref_logprob=None if reference is None else _score(reference, batch, config),
-                sequence=batch.sequence,
+                ref_logprob=ref_logprob,
             )
-            loss, stats = mk.linear_hdpo_loss(batch.hidden(vlm.model), vlm.head, targets, config)
-            loss.backward()
+            loss, stats = mk.linear_hdpo_loss(hidden, head.weight, targets, config, bias=head.bias)
+            (loss * world.scale(vlm.model)).backward()
             active = stats.n_active
             sums = {
                 "loss": loss.detach(),
@@ -192,7 +231,9 @@ class OptimizerBatch:
                 "approx_kl": stats.approx_kl * active,
                 "entropy": stats.entropy.nansum(),
             }
-            totals = {name: totals[name] + sums[name].cpu() for name in totals}
+            totals = {name: totals[name] + sums[name].cpu().float() for name in totals}
+        world.sum_gradients(vlm.model)
+        totals = dict(zip(totals, world.sum(torch.stack(list(totals.values()))), strict=True))
         for name in _AVERAGED:
             totals[name] = totals[name] / totals["active_tokens"].clamp_min(1)
         totals["effective_tool_weight"] = config.w_tool * self.n_acc / self.n_tool.clamp_min(1)
@@ -200,48 +241,77 @@ class OptimizerBatch:
 
 
 def optimizer_batches(
+    vlm: VisionLanguageModel,
     rollouts: Sequence[Rollout],
     advantages: mk.Advantages,
     config: RLConfig,
     loss_config: mk.HDPOConfig,
+    world: World | None = None,
 ) -> list[OptimizerBatch]:
     """Cuts the groups of a step into `updates` optimizer batches (fewer where there are fewer
-    groups).
+    groups), and each into micro-batches, of which this rank gets its share.
 
     A rollout without advantage in either channel is left out where neither KL nor entropy gives it
-    a gradient; its tokens still count.
+    a gradient; its tokens still count. Every rank has every rollout, so each counts alike.
     """
-    groups = -(-len(rollouts) // config.group_size)
+    world = world or World()
+    size = config.group_size
+    groups = -(-len(rollouts) // size)
     updates = min(config.updates, groups)
     everything = bool(loss_config.kl_coef or loss_config.entropy_coef)
-    batches = []
+    result = []
     for update in range(updates):
-        first = update * groups // updates * config.group_size
-        last = min((update + 1) * groups // updates * config.group_size, len(rollouts))
+        first, last = (groups * u // updates * size for u in (update, update + 1))
+        mine = rollouts[first:last]
         part = mk.Advantages(
             *(getattr(advantages, field.name)[first:last] for field in fields(advantages))
         )
-        scored = torch.tensor([r.scored for r in rollouts[first:last]])
-        tokens = torch.tensor([sum(r.policy) for r in rollouts[first:last]])
-        n_acc, n_tool = mk.hdpo_normalizers(part, tokens, scored, loss_config.tool_norm)
+        scored = torch.tensor([r.scored for r in mine])
+        tokens = torch.tensor([sum(r.policy) for r in mine])
+        n_acc, n_tool = _normalizers(part, tokens, scored, loss_config, world)
         tool = part.tool if loss_config.w_tool else torch.zeros_like(part.tool)
-        carries = (part.acc != 0) | (tool != 0) | everything
-        kept = (carries & scored).nonzero()[:, 0].tolist()
-        mine = [rollouts[first + i] for i in kept]
-        parts = by_length(mine, config.max_batch_tokens)
-        acc, tool = part.acc[kept].float(), tool[kept].float()
-        batches.append(OptimizerBatch(mine, acc, tool, n_acc, n_tool, parts))
-    return batches
+        carries = (scored & (everything | (part.acc != 0) | (tool != 0))).tolist()
+        kept = [
+            [i for i in range(start, min(start + size, len(mine))) if carries[i]]
+            for start in range(0, len(mine), size)
+        ]
+        batches = pack(
+            vlm,
+            [[mine[i] for i in group] for group in kept],
+            config.max_batch_tokens,
+            [part.acc[group].tolist() for group in kept],
+            [tool[group].tolist() for group in kept],
+            keep_all=everything,
+            ranks=world.size,
+        )
+        result.append(OptimizerBatch(batches[world.rank :: world.size], n_acc, n_tool))
+    return result
+
+
+def _normalizers(
+    part: mk.Advantages, tokens: Tensor, scored: Tensor, config: mk.HDPOConfig, world: World
+) -> Tensor:
+    """n_acc and n_tool of the optimizer batch: each rank counts its share, one sum makes them
+    everybody's."""
+    mine = world.share(range(len(tokens)))
+    share = slice(mine.start, mine.stop)
+    counted = mk.Advantages(*(getattr(part, field.name)[share] for field in fields(part)))
+    counts = mk.hdpo_normalizers(counted, tokens[share], scored[share], config.tool_norm)
+    return world.sum(torch.stack(counts))
 
 
 @torch.no_grad()
-def _score(model: torch.nn.Module, batch: Batch, config: mk.HDPOConfig) -> Tensor:
+def _score(vlm: VisionLanguageModel, batch: Batch, config: mk.HDPOConfig) -> Tensor:
     """Logprobs [S] by the same path as the loss, so that the first ratio is exactly 1."""
+    hidden = batch.hidden(vlm)
+    head = hf.head(vlm.model)
+    packed = batch.packed.to(hidden.device)
     logprob, _ = mk.linear_logprobs(
-        batch.hidden(model),
-        model.get_output_embeddings().weight,
-        batch.label,
-        batch.row,
+        hidden,
+        head.weight,
+        packed.label,
+        packed.row,
+        bias=head.bias,
         temperature=config.temperature,
         softcap=config.softcap,
     )

@@ -81,26 +81,43 @@ class Player:
     ) -> list[Rollout]:
         """One scored rollout a question. `stopping` is polled between turns; once it is true,
         KeyboardInterrupt is raised, for a half-played batch is of no use."""
+        # A trajectory's KV is held until it ends, so a part is played to its end before the next.
+        size = engine.batch_size(self.limits.max_tokens + self.limits.max_new_tokens)
+        rollouts: list[Rollout] = []
+        for start in range(0, len(questions), size):
+            part = slice(start, start + size)
+            rollouts += self._play(engine, questions[part], seeds[part], stopping)
+        return rollouts
+
+    def _play(
+        self,
+        engine: HFEngine,
+        questions: Sequence[Question],
+        seeds: Sequence[int],
+        stopping: Callable[[], bool],
+    ) -> list[Rollout]:
         rollouts = [self._begin(q, seed) for q, seed in zip(questions, seeds, strict=True)]
         sessions = [self._session(rollout) for rollout in rollouts]
         active = list(range(len(rollouts)))
-        for number in range(self.limits.max_turns):
-            if stopping():
-                raise KeyboardInterrupt
-            if not active:
-                break
-            turns = engine.generate(
-                [(rollouts[i].ids, rollouts[i].images) for i in active],
-                [(rollouts[i].seed, number) for i in active],
-                self.limits.max_new_tokens,
-            )
-            last = number == self.limits.max_turns - 1
-            calls = []
-            for i, sampled in zip(active, turns, strict=True):
-                if self._take(rollouts[i], sampled, last=last):
-                    calls.append(i)
-            observed = self._execute([(rollouts[i], sessions[i]) for i in calls])
-            active = [i for i, goes_on in zip(calls, observed, strict=True) if goes_on]
+        with engine.open() as generation:
+            for number in range(self.limits.max_turns):
+                if stopping():
+                    raise KeyboardInterrupt
+                if not active:
+                    break
+                turns = generation.turn(
+                    active,
+                    [(rollouts[i].ids, rollouts[i].images) for i in active],
+                    [(rollouts[i].seed, number) for i in active],
+                    self.limits.max_new_tokens,
+                )
+                last = number == self.limits.max_turns - 1
+                calls = []
+                for i, sampled in zip(active, turns, strict=True):
+                    if self._take(rollouts[i], sampled, last=last):
+                        calls.append(i)
+                observed = self._execute([(rollouts[i], sessions[i]) for i in calls])
+                active = [i for i, goes_on in zip(calls, observed, strict=True) if goes_on]
         for rollout in rollouts:
             score(rollout)
         return rollouts

@@ -14,10 +14,13 @@ from collections.abc import Callable
 import torch
 
 from metis_kernels import linear_cross_entropy
-from trainer.batch import by_length, collate
-from trainer.config import SFTConfig
+from metis_kernels.adapters import hf
+from trainer.batch import pack
+from trainer.config import OptimizerConfig, SFTConfig
 from trainer.log import RunLog
-from trainer.model import VisionLanguageModel, optimizer_step
+from trainer.model import VisionLanguageModel
+from trainer.optimizer import make_optimizer, optimizer_step
+from trainer.parallel import World
 from trainer.rollout import Player
 from trainer.tasks import Task
 from trainer.types import Rollout
@@ -32,18 +35,23 @@ def demonstrate(
     seed: int,
     log: RunLog,
     stopping: Callable[[], bool],
+    world: World | None = None,
 ) -> list[Rollout]:
-    """Plays the demonstrations against the real tools. Those are dropped, and counted, in which the
-    tool told something else than the answer: they would teach not to believe it."""
-    questions, scripts = task.demonstrations(seed, config.demonstrations, config.direct_share)
+    """Plays the demonstrations against the real tools, each rank its share, and gives all to all.
+    Those are dropped, and counted, in which the tool told something else than the answer: they
+    would teach not to believe it."""
+    world = world or World()
+    played = task.demonstrations(seed, config.demonstrations, config.direct_share)
+    questions, scripts = map(world.share, played)
     rollouts: list[Rollout] = []
     with log.progress("demonstrations", len(questions)) as bar:
         for start in range(0, len(questions), _PLAYED_AT_ONCE):
-            if stopping():
+            if stopping() and world.size == 1:  # with others, at the first step of training
                 raise KeyboardInterrupt
             part = slice(start, start + _PLAYED_AT_ONCE)
             rollouts += player.demonstrate(questions[part], scripts[part])
             bar.advance(len(questions[part]))
+    rollouts = world.gather(rollouts)
     kept = [r for r in rollouts if r.scored and r.formatted and not _contradicted(r)]
     called = sum(r.calls > 0 for r in kept) / max(len(kept), 1)
     log.say(
@@ -65,17 +73,25 @@ def sft(
     seed: int,
     log: RunLog,
     stopping: Callable[[], bool],
+    *,
+    optimizer_config: OptimizerConfig | None = None,
+    world: World | None = None,
 ) -> None:
     """Fine-tunes in place. Order and batches are a function of the seed alone."""
+    world = world or World()
     order = random.Random(seed)
     queue: list[Rollout] = []
-    optimizer = torch.optim.AdamW(
-        vlm.model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    optimizer = make_optimizer(
+        vlm.model,
+        optimizer_config or OptimizerConfig(),
+        config.lr,
+        config.betas,
+        config.weight_decay,
     )
     vlm.model.train()
     with log.progress("sft", config.steps) as bar:
         for step in range(1, config.steps + 1):
-            if stopping():
+            if world.any(stopping()):
                 raise KeyboardInterrupt
             while len(queue) < config.batch_size:
                 queue += order.sample(rollouts, len(rollouts))
@@ -84,13 +100,29 @@ def sft(
             lr = config.lr * warm * (1 - 0.9 * step / config.steps)
             tokens = sum(sum(rollout.policy) for rollout in batch)
             total = torch.zeros(())
-            for part in by_length(batch, config.max_batch_tokens):
-                one = collate(vlm, [batch[i] for i in part])
+            packed = pack(
+                vlm,
+                [[one] for one in batch],
+                config.max_batch_tokens,
+                keep_all=True,
+                ranks=world.size,
+            )
+            for one in packed[world.rank :: world.size]:
+                hidden = one.hidden(vlm)
+                head = hf.head(vlm.model)
+                targets = one.packed.to(hidden.device)
                 loss = linear_cross_entropy(
-                    one.hidden(vlm.model), vlm.head, one.label, one.row, n=tokens
+                    hidden,
+                    head.weight,
+                    targets.label,
+                    targets.row,
+                    n=tokens,
+                    bias=head.bias,
+                    softcap=head.softcap,
                 )
-                loss.backward()
+                (loss * world.scale(vlm.model)).backward()
                 total += loss.detach().cpu()
+            world.sum_gradients(vlm.model)
             norm = optimizer_step(vlm.model, optimizer, lr, config.max_grad_norm)
-            log.metrics("sft", step, loss=total, grad_norm=norm, lr=lr, tokens=tokens)
+            log.metrics("sft", step, loss=world.sum(total), grad_norm=norm, lr=lr, tokens=tokens)
             bar.advance(loss=total)

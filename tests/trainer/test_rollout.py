@@ -1,5 +1,6 @@
 """Trajectories with the demo's base model and its real tools."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -28,7 +29,13 @@ class Scripted:
     def __init__(self, vlm, *turns):
         self.vlm, self.turns = vlm, list(turns)
 
-    def generate(self, sequences, seeds, max_new_tokens):
+    def batch_size(self, max_tokens):
+        return 256
+
+    def open(self):
+        return contextlib.nullcontext(self)
+
+    def turn(self, keys, sequences, seeds, max_new_tokens):
         text, stop = self.turns.pop(0)
         ids = self.vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [Sampled(ids, [-0.5] * len(ids), stop) for _ in sequences]
@@ -161,6 +168,14 @@ def test_a_trajectory_is_a_function_of_its_seed_not_of_its_batch(vlm, player):
     assert [r.ids for r in together] == [r.ids for r in backwards] == [r.ids for r in alone]
     other = player.play(engine, questions, [seed + 100 for seed in seeds])
     assert [r.ids for r in together] != [r.ids for r in other]
+
+
+def test_more_questions_than_a_batch_are_played_in_parts(vlm, player):
+    questions = [_question(kind, 1) for kind in KINDS]
+    whole = player.play(HFEngine(vlm), questions, range(len(questions)))
+    parts = player.play(HFEngine(vlm, max_batch=3), questions, range(len(questions)))
+    assert [r.ids for r in parts] == [r.ids for r in whole]
+    assert [r.question.id for r in parts] == [q.id for q in questions]
 
 
 def test_sampling_follows_the_distribution(vlm):

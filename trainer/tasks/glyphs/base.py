@@ -21,10 +21,11 @@ import torch
 from PIL.Image import Image
 
 from metis_kernels import linear_cross_entropy
-from trainer.batch import collate
+from trainer.batch import pack
 from trainer.chat import find_answer, find_call, system_prompt, turn_text
 from trainer.engines.hf import HFEngine
-from trainer.model import IMAGE_TOKEN, VisionLanguageModel, optimizer_step
+from trainer.model import IMAGE_TOKEN, VisionLanguageModel
+from trainer.optimizer import optimizer_step
 from trainer.rollout import Player
 from trainer.tasks.glyphs import scene, tools
 from trainer.tasks.glyphs.demonstrations import Script
@@ -362,6 +363,8 @@ def encode_lesson(vlm: VisionLanguageModel, image: Image, turns: list[tuple[str,
 
 WARMUP, COOLDOWN = 50, 100
 """Steps over which the learning rate rises at first, and falls at the end."""
+MAX_LESSON = 1024
+"""Tokens of a lesson, at most."""
 GUESSED, TOLD = 0.4, 0.82
 """Shares of medium digits, and of questions after a text that answers them, that are answered right
 when the end begins."""
@@ -378,8 +381,9 @@ def pretrain(vlm: VisionLanguageModel, steps: int, batch: int, lr: float, seed: 
     start, last = time.time(), None
     vlm.model.train()
     for step in range(1, steps + 1):
-        one = collate(vlm, [encode_lesson(vlm, *lesson_turns(rng)) for _ in range(batch)])
-        loss = linear_cross_entropy(one.hidden(vlm.model), vlm.head, one.label, one.row)
+        lessons = [[encode_lesson(vlm, *lesson_turns(rng))] for _ in range(batch)]
+        (one,) = pack(vlm, lessons, max_tokens=batch * MAX_LESSON, keep_all=True)
+        loss = linear_cross_entropy(one.hidden(vlm), vlm.head, one.packed.label, one.packed.row)
         loss.backward()
         left = 1.0 if last is None else 0.05 + 0.95 * (last - step) / COOLDOWN
         optimizer_step(vlm.model, optimizer, lr * min(1.0, step / WARMUP) * left, 1.0)

@@ -1,0 +1,261 @@
+"""One whole update of a vision-language model: forward, loss, backward, optimizer.
+
+    python -m bench.bench_step                                   the tiny model on a CPU
+    python -m bench.bench_step --model qwen3-vl-8b --prompt 8192 --response 2048     on a GPU
+
+The same rollouts three ways:
+
+padded    one rollout a row, padded, attended without sharing, logits of every response token made
+          (as TRL's GRPO trainer does by default)
+packed    no padding, no sharing; logprobs of every row through a fused head that recomputes logits
+          in the backward (as verl does with remove_padding and fused kernels)
+ours      packed behind shared prompts, only rows that carry loss, gradient in the forward, rollouts
+          without advantage left out
+
+Rollouts are made up: random tokens and pictures; what they cost does not depend on what they say.
+tokens/s counts prompt and response of every rollout, whichever way they are computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import metis_kernels as mk
+from bench import harness
+from metis_kernels.adapters import hf
+from trainer.config import OptimizerConfig
+from trainer.optimizer import make_optimizer
+from trainer.plan import build_model
+
+CONFIG = mk.HDPOConfig()
+LR = 1e-6
+
+
+class Workload:
+    """A model and the rollouts of one optimizer step."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.rng = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        self.model = build_model(args.model, getattr(torch, args.dtype), self.device).train()
+        self.config = self.model.config
+        self.model.model.visual.requires_grad_(False)
+        if args.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.prepare(self.model)
+        hf.apply_liger(self.model)
+        kind = OptimizerConfig(kind="adamw" if args.dtype == "float32" else "adamw8bit")
+        self.optimizer = make_optimizer(self.model, kind, LR, 0.0)
+        self.groups: list[list[mk.Trajectory]] = []
+        self.pictures: list[tuple[Tensor, Tensor]] = []
+        for _ in range(args.groups):
+            self.groups.append(self._group())
+        self.n = torch.tensor(sum(int(t.policy.sum()) for g in self.groups for t in g))
+        self.tokens = sum(len(t.ids) for g in self.groups for t in g)
+
+    def _group(self) -> list[mk.Trajectory]:
+        args, vision = self.args, self.config.vision_config
+        side = int(args.image_tokens**0.5)
+        merge = vision.spatial_merge_size
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        key = len(self.pictures)
+        grid = torch.tensor([[1, side * merge, side * merge]])
+        self.pictures.append((torch.randn(int(grid.prod()), patch, generator=self.rng), grid))
+        start, pad = self.config.vision_start_token_id, self.config.image_token_id
+        rest = args.prompt - side * side - 2
+        head = [start, *[pad] * side**2, self.config.vision_end_token_id]
+        prompt = torch.cat([torch.tensor(head), self._text(rest)])
+        lengths = torch.randint(
+            args.response // 2, args.response * 3 // 2 + 1, (args.group_size,), generator=self.rng
+        )
+        active = round(args.active * args.group_size)
+        group = []
+        for i, length in enumerate(lengths.tolist()):
+            ids = torch.cat([prompt, self._text(length)])
+            policy = torch.arange(len(ids)) >= len(prompt)
+            shown = len(prompt) + length // 3  # a tool's answer in the middle
+            policy[shown : shown + int(args.tool_share * length)] = False
+            policy[-1] = True
+            group.append(
+                mk.Trajectory(
+                    ids,
+                    policy,
+                    acc_advantage=(-1.0) ** i * (i < active),
+                    tool_advantage=0.5 * (i < active // 2),
+                    images=(mk.ImageSpan(1, 1 + side**2, key),),
+                    positions=hf.positions(self.model, ids, grid),
+                )
+            )
+        return group
+
+    def _text(self, n: int) -> Tensor:
+        vocabulary = self.config.text_config.vocab_size
+        special = max(self.config.image_token_id, self.config.vision_end_token_id)
+        low = special + 1 if special + 1 < vocabulary // 2 else 0
+        high = vocabulary if low else self.config.vision_start_token_id
+        return torch.randint(low, high, (n,), generator=self.rng)
+
+    def pixels(self, keys: list[int]) -> dict[str, Tensor]:
+        patches, grids = zip(*(self.pictures[key] for key in keys), strict=True)
+        dtype = self.model.dtype
+        return {
+            "pixel_values": torch.cat(patches).to(self.device, dtype),
+            "image_grid_thw": torch.cat(grids).to(self.device),
+        }
+
+    def step(self) -> float:
+        """-> the norm of the gradient before it was clipped."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    # ---- the three ways -----------------------------------------------------------------------
+
+    def padded(self) -> float:
+        rollouts = [(g, t) for g, group in enumerate(self.groups) for t in group]
+        rollouts.sort(key=lambda one: len(one[1].ids))
+        rows: list[tuple[int, mk.Trajectory]] = []
+        for one in rollouts:
+            if rows and len(one[1].ids) * (len(rows) + 1) > self.args.max_tokens:
+                self._padded(rows)
+                rows = []
+            rows.append(one)
+        self._padded(rows)
+        return self.step()
+
+    def _padded(self, rows: list[tuple[int, mk.Trajectory]]) -> None:
+        length = max(len(t.ids) for _, t in rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.int64)
+        mask, policy = torch.zeros_like(ids), torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, (_, one) in enumerate(rows):
+            ids[i, : len(one.ids)], mask[i, : len(one.ids)] = one.ids, 1
+            policy[i, : len(one.ids)] = one.policy
+        ids, mask, policy = (x.to(self.device) for x in (ids, mask, policy))
+        start = min(int(t.policy.nonzero()[0]) for _, t in rows)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=(ids == self.config.image_token_id).long() * mask,
+            use_cache=False,
+            logits_to_keep=length - start + 1,
+            **self.pixels([g for g, _ in rows]),
+        ).logits[:, :-1]
+        logprob, _ = mk.logprobs(logits.flatten(0, 1), ids[:, start:].flatten(), impl="torch")
+        kept = policy[:, start:]
+        sizes = policy.sum(1).cpu()
+        self._backward(logprob.view_as(kept)[kept], [t for _, t in rows], sizes)
+
+    def _backward(self, logprob: Tensor, rollouts: list[mk.Trajectory], sizes: Tensor) -> None:
+        acc = torch.tensor([t.acc_advantage for t in rollouts]).repeat_interleave(sizes)
+        tool = torch.tensor([t.tool_advantage for t in rollouts]).repeat_interleave(sizes)
+        row = torch.arange(len(acc), device=self.device)
+        targets = mk.HDPOTargets(
+            row=row, label=row, old_logprob=None, n_acc=self.n, n_tool=self.n,
+            acc_advantage=acc.to(self.device), tool_advantage=tool.to(self.device),
+        )  # fmt: skip
+        loss, _ = mk.hdpo_loss(logprob, targets, CONFIG)
+        loss.backward()
+
+    def packed(self) -> float:
+        batches = mk.pack(self.groups, self.args.max_tokens, share=False, keep_all=True)
+        for batch in batches:
+            hidden = hf.hidden_states(self.model, batch, **self._pixels(batch))
+            on_device = batch.to(self.device)
+            label = torch.zeros(batch.T, dtype=torch.int64, device=self.device)
+            label[on_device.row] = on_device.label
+            every, _ = mk.linear_logprobs(hidden, hf.head(self.model).weight, label)
+            members = [self.groups[g][i] for g, i in batch.members]
+            sizes = batch.sequence.bincount(minlength=len(members))
+            self._backward(every[on_device.row], members, sizes)
+        return self.step()
+
+    def ours(self) -> float:
+        for batch in mk.pack(
+            self.groups, self.args.max_tokens, attention_cost=hf.attention_cost(self.model)
+        ):
+            hidden = hf.hidden_states(self.model, batch, **self._pixels(batch))
+            targets = batch.to(self.device).targets(self.n, self.n)
+            loss, _ = mk.linear_hdpo_loss(hidden, hf.head(self.model).weight, targets, CONFIG)
+            loss.backward()
+        return self.step()
+
+    def _pixels(self, batch: mk.PackedBatch) -> dict[str, Tensor]:
+        return self.pixels([image.group for image in batch.images])
+
+
+WAYS: dict[str, Callable[[Workload], float]] = {
+    "padded": Workload.padded,
+    "packed": Workload.packed,
+    "ours": Workload.ours,
+}
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen3-vl-8b" if on_gpu else "tiny")
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--groups", type=int, default=1 if on_gpu else 4)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=8192 if on_gpu else 256)
+    parser.add_argument("--image-tokens", type=int, default=4096 if on_gpu else 64)
+    parser.add_argument("--response", type=int, default=2048 if on_gpu else 64, help="mean")
+    parser.add_argument("--tool-share", type=float, default=0.3, help="of a response")
+    parser.add_argument("--active", type=float, default=1.0, help="rollouts with an advantage")
+    parser.add_argument("--max-tokens", type=int, default=40_960 if on_gpu else 4096)
+    parser.add_argument("--checkpointing", action="store_true", default=on_gpu)
+    parser.add_argument("--rounds", type=int, default=3 if on_gpu else 7)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--probe", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="JSON file to write the results into")
+    args = parser.parse_args()
+    work = Workload(args)
+    if args.probe:
+        WAYS[args.probe](work)  # states of the optimizer are no part of what a way adds
+        print(harness.peak_bytes(lambda: WAYS[args.probe](work)))
+        return
+    norms = {name: WAYS[name](work) for name in args.only}
+    tolerance = 1e-3 if args.dtype == "float32" else 5e-2
+    if not max(norms.values()) - min(norms.values()) <= tolerance * max(norms.values()):
+        raise SystemExit(f"the gradients' norms differ: {norms}; nothing was timed")
+    times = harness.measure(
+        {name: lambda way=WAYS[name]: way(work) for name in args.only}, args.rounds, warmup=1
+    )
+    words = sys.argv[1:]
+    records = []
+    settings = {k: v for k, v in vars(args).items() if k not in ("probe", "out", "only", "rounds")}
+    for name, t in times.items():
+        peak = harness.peak_in_subprocess("bench.bench_step", name, _without_out(words))
+        rate = work.tokens / t["median_ms"] * 1e3
+        records.append(
+            {"way": name, "tokens_per_second": rate, "peak_bytes": peak, **settings, **t}
+        )
+        print(
+            f"  {name:8} {t['median_ms']:10.1f} ms ({t['p20_ms']:.1f} to {t['p80_ms']:.1f})  "
+            f"{rate:10.0f} tokens/s  {peak / 2**20:9.0f} MiB"
+        )
+    print(json.dumps({k: settings[k] for k in ("model", "prompt", "response", "active")}))
+    if args.out:
+        harness.write(args.out, "step", records)
+
+
+def _without_out(words: list[str]) -> list[str]:
+    """The arguments of a probe: those given, but for the file to write."""
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return words
+
+
+if __name__ == "__main__":
+    main()

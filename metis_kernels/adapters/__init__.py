@@ -1,0 +1,1 @@
+"""What knows another library: hf.py is the only file here that imports transformers."""

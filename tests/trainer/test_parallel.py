@@ -1,0 +1,92 @@
+"""Two and four processes against one: the same rollouts, losses and weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.parallel_worker import STEPS, learn
+from trainer.parallel import World
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def torchrun(processes: int, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={processes}", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def in_processes(tmp_path, processes: int, kind: str = "full", *settings: str) -> list[dict]:
+    out = tmp_path / f"{kind}-{processes}"
+    done = torchrun(processes, "-m", "tests.trainer.parallel_worker", str(out), *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{out}.{rank}") for rank in range(processes)]
+
+
+def distance(one: dict, other: dict, start: dict) -> float:
+    """How far the weights are apart, relative to how far they moved."""
+    moved = sum((one[n] - start[n]).square().sum() for n in one) ** 0.5
+    apart = sum((one[n] - other[n]).square().sum() for n in one) ** 0.5
+    assert moved > 1e-4
+    return float(apart / moved)
+
+
+@pytest.fixture(scope="module")
+def start(vlm):
+    return {n: p.detach().clone() for n, p in vlm.model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_learn_what_one_does(processes, tmp_path, start):
+    alone = learn(World(), [])
+    for rank, result in enumerate(in_processes(tmp_path, processes)):
+        assert result["tokens"] == alone["tokens"], rank
+        for mine, theirs in zip(result["losses"], alone["losses"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+        assert distance(result["weights"], alone["weights"], start) < 1e-4
+    assert len(alone["losses"]) == STEPS and alone["losses"][0]["active_tokens"] > 50
+
+
+@pytest.mark.slow
+def test_a_rank_without_rows_still_steps(tmp_path, start):
+    """All fits into one micro-batch of one group that cannot be split: three ranks have none."""
+    settings = ["rl.prompts=1", "rl.group_size=2", "rl.max_batch_tokens=4000"]
+    alone = learn(World(), settings)
+    results = in_processes(tmp_path, 4, "few", *settings)
+    assert all(result["parts"] == 1 for result in results)
+    for result in results:
+        assert distance(result["weights"], alone["weights"], start) < 1e-4
+
+
+@pytest.mark.slow
+def test_adapters_are_summed_over_ranks(tmp_path):
+    alone = learn(World(), [], lora=True)
+    before = {n: torch.zeros_like(w) for n, w in alone["weights"].items() if "lora_B" in n}
+    mine = {n: alone["weights"][n] for n in before}
+    for result in in_processes(tmp_path, 2, "lora"):
+        assert distance(mine, {n: result["weights"][n] for n in before}, before) < 1e-4
+
+
+def test_a_world_of_one_is_the_identity():
+    world = World()
+    assert world.main and list(world.share([1, 2, 3])) == [1, 2, 3]
+    assert world.gather([1]) == [1] and world.any(True) and not world.any(False)
+    value = torch.tensor(3.0)
+    assert world.sum(value) is value and world.broadcast("x") == "x"
+    model = torch.nn.Linear(1, 1)
+    assert world.scale(model) == 1.0
+
+
+def test_shares_are_contiguous_and_whole():
+    items = list(range(11))
+    shares = [list(World(rank, 4).share(items)) for rank in range(4)]
+    assert sum(shares, []) == items
+    assert {len(share) for share in shares} == {2, 3}

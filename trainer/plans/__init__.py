@@ -1,0 +1,1 @@
+"""What `metis plan` computes with: sizes of models, and the formulas of memory."""
