@@ -32,10 +32,22 @@ from bench import harness
 from metis_kernels.adapters import hf
 from trainer.config import OptimizerConfig
 from trainer.optimizer import make_optimizer
-from trainer.plan import build_model
+from trainer.plans.sizes import load_config
+from trainer.tasks.glyphs import base
 
 CONFIG = mk.HDPOConfig()
-LR = 1e-6
+LR = 0.0
+"""So that every way, however often, computes on the same weights."""
+
+
+def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """A vision-language model with random weights: the demo's ("tiny"), or one that `metis plan`
+    knows, or a folder's."""
+    from transformers import AutoModelForImageTextToText
+
+    config = base.config(base.VOCABULARY) if name == "tiny" else load_config(name)
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
 class Workload:
@@ -46,7 +58,7 @@ class Workload:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rng = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        self.model = build_model(args.model, getattr(torch, args.dtype), self.device).train()
+        self.model = build(args.model, getattr(torch, args.dtype), self.device).train()
         self.config = self.model.config
         self.model.model.visual.requires_grad_(False)
         if args.checkpointing:
@@ -54,7 +66,7 @@ class Workload:
         hf.prepare(self.model)
         hf.apply_liger(self.model)
         kind = OptimizerConfig(kind="adamw" if args.dtype == "float32" else "adamw8bit")
-        self.optimizer = make_optimizer(self.model, kind, LR, 0.0)
+        self.optimizer = make_optimizer(self.model, kind, LR, (0.9, 0.999), 0.0)
         self.groups: list[list[mk.Trajectory]] = []
         self.pictures: list[tuple[Tensor, Tensor]] = []
         for _ in range(args.groups):

@@ -23,4 +23,5 @@ out=bench/results/$name.json
 "$PYTHON" -m bench.bench_linear_hdpo --out "$out"
 "$PYTHON" -m bench.bench_logprobs --out "$out"
 "$PYTHON" -m bench.bench_advantages --out "$out"
+"$PYTHON" -m bench.bench_prefix_attention --out "$out"
 echo "wrote $out"

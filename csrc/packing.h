@@ -1,4 +1,4 @@
-// Rollouts -> packed batches: which tokens carry loss, which prefix a group shares, and the copying.
+// Rollouts -> packed batches: which tokens carry loss, the prefix that a group shares, the copying.
 //
 // Everything here is bound by memory: ids and positions are read once where they are compared and
 // once where they are copied, in runs, by the C library's own vector code.

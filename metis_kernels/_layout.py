@@ -2,9 +2,9 @@
 
     | prefix g0 | r00 | r01 | r02 || prefix g1 | r10 | r11 ...
 
-A token of a response sees the prefix of its group and its own response up to itself, never a sibling
-and never another group. A rollout without a group to share with is a response behind a prefix of
-length 0. A leaf: it imports torch alone.
+A token of a response sees the prefix of its group and its own response up to itself, never a
+sibling and never another group. A rollout without a group to share with is a response behind a
+prefix of length 0. A leaf: it imports torch alone.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class PrefixLayout:
 
 @dataclass(frozen=True)
 class DeviceLayout:
-    """A layout as variable-length attention kernels take it. Segments are the prefixes and responses
-    in the order in which they lie, empty ones left out; crossing are the groups that have both."""
+    """A layout as variable-length attention kernels take it. Segments are the prefixes and
+    responses in the order in which they lie, empty ones left out; crossing are the groups that have
+    both."""
 
     cu_segments: Tensor
     """[M + 1] int32: where each segment starts, and T."""

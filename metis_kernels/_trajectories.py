@@ -78,7 +78,7 @@ def checked(groups: Sequence[Sequence[Trajectory]]) -> Rollouts:
     for t, place in zip(trajectories, where, strict=True):
         fault = _fault(t)
         if fault is None:
-            own = 1 if t.positions is None else len(t.positions)
+            own = 1 if t.positions is None else t.positions.shape[0]
             axes = own if axes is None else axes
             if own != axes:
                 fault = (
@@ -102,7 +102,7 @@ def checked(groups: Sequence[Sequence[Trajectory]]) -> Rollouts:
     positions = None
     if any(t.positions is not None for t in trajectories):
         positions = [
-            torch.arange(len(t.ids)).unsqueeze(0) if (p := t.positions) is None
+            torch.arange(t.ids.numel(), device="cpu").unsqueeze(0) if (p := t.positions) is None
             else p if p.stride(1) == 1 else p.contiguous()
             for t in trajectories
         ]  # fmt: skip
@@ -115,11 +115,11 @@ def _fault(t: Trajectory) -> str | None:
     """What is wrong with a trajectory in itself, or None."""
     if not isinstance(t.ids, Tensor) or t.ids.dim() != 1:
         return f"expected ids [n] int64, got {_said(t.ids)}"
-    n = len(t.ids)
+    n = t.ids.numel()  # len() of a tensor takes ten times as long
     if t.ids.dtype != torch.int64 or not t.ids.is_cpu:
         return f"expected ids [n] int64 on the CPU, got {_said(t.ids)}"
     p = t.policy
-    if not _is(p, torch.bool) or p.dim() != 1 or len(p) != n:
+    if not _is(p, torch.bool) or p.dim() != 1 or p.numel() != n:
         return f"expected policy [{n}] bool on the CPU, as ids are, got {_said(p)}"
     p = t.positions
     if p is not None and (
@@ -128,7 +128,7 @@ def _fault(t: Trajectory) -> str | None:
         return f"expected positions [A, {n}] int64 on the CPU, A >= 1, got {_said(p)}"
     for name in PER_TOKEN:
         p = getattr(t, name)
-        if p is not None and (not _is(p, torch.float32) or p.dim() != 1 or len(p) != n):
+        if p is not None and (not _is(p, torch.float32) or p.dim() != 1 or p.numel() != n):
             return f"expected {name} [{n}] float32 on the CPU, got {_said(p)}"
     if not (math.isfinite(t.acc_advantage) and math.isfinite(t.tool_advantage)):
         return (

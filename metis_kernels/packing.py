@@ -169,6 +169,10 @@ class _Tensors(NamedTuple):
     is_weight: Tensor | None
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's defaults are
+
+
 class CppSteps:
     """What reads and writes tokens, in csrc/packing.cpp."""
 
@@ -176,7 +180,7 @@ class CppSteps:
         self._rollouts = rollouts  # what C++ points to lives as long as this
         positions = rollouts.positions or []
         self._core = _cpp._C.Rollouts(
-            [len(x) for x in rollouts.ids],
+            [x.numel() for x in rollouts.ids],
             [x.data_ptr() for x in rollouts.ids],
             [x.data_ptr() for x in rollouts.policy],
             [x.data_ptr() for x in positions],
@@ -203,10 +207,12 @@ class CppSteps:
         made, batches = [], []
         for plan in plans:
             T, S = plan.layout.tokens, sum(counts[m] for m in plan.members)
-            indices = [torch.empty(S, dtype=torch.int64) for _ in range(3)]
-            numbers = [torch.empty(S) for _ in range(2)]
-            numbers += [torch.empty(S) if name in given else None for name in PER_TOKEN]
-            ids, positions = (torch.empty(s, dtype=torch.int64) for s in ((T,), (axes, T)))
+            ids, positions = _empty(T), _empty(axes, T)
+            indices = [_empty(S) for _ in range(3)]
+            numbers = [_empty(S, dtype=torch.float32) for _ in range(2)]
+            numbers += [
+                _empty(S, dtype=torch.float32) if name in given else None for name in PER_TOKEN
+            ]
             made.append(_Tensors(ids, positions, *indices, *numbers))
             views = [_cpp._view(n, x) for n, x in made[-1]._asdict().items()]
             layout = plan.layout
@@ -263,31 +269,28 @@ class TorchSteps:
                 targets["label"].append(r.ids[m][at])
                 targets["sequence"].append(torch.full_like(at, number))
                 for name in ("acc_advantage", "tool_advantage"):
-                    targets[name].append(torch.full(at.shape, float(getattr(t, name))))
+                    own = torch.full_like(at, float(getattr(t, name)), dtype=torch.float32)
+                    targets[name].append(own)
                 for name, given in r.per_token.items():
                     targets[name].append(given[m][at])
                 start += length
-        positions = r.positions or [torch.arange(len(x)).unsqueeze(0) for x in r.ids]
+        positions = r.positions or [torch.arange(len(x), device="cpu").unsqueeze(0) for x in r.ids]
         joined = {
             name: _joined(parts, name) if name in r.per_token or name not in PER_TOKEN else None
             for name, parts in targets.items()
         }
         return _Tensors(
-            torch.cat([r.ids[m][part] for m, part in tokens]) if tokens else _none(0),
+            torch.cat([r.ids[m][part] for m, part in tokens]) if tokens else _empty(0),
             torch.cat([positions[m][:, part] for m, part in tokens], 1)
             if tokens
-            else _none(r.axes, 0),
+            else _empty(r.axes, 0),
             **joined,
         )
 
 
-def _none(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int64)
-
-
 def _joined(parts: list[Tensor], name: str) -> Tensor:
     dtype = torch.int64 if name in ("row", "label", "sequence") else torch.float32
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+    return torch.cat(parts) if parts else _empty(0, dtype=dtype)
 
 
 _impl.register("packing", "cpp", CppSteps, _cpp.unavailable)

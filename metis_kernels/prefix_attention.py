@@ -185,7 +185,9 @@ def merge_kernel(
     other = tl.load(
         other_ptr + at[:, None] * stride_other_t + columns[None, :], mask=fits, other=0.0
     )
-    out = out * (share / total)[:, None] + other.to(tl.float32) * (other_share / total)[:, None]
+    other = other.to(tl.float32) * (other_share / total)[:, None]
+    # Said outright, so that both of HAS_ROWS round alike.
+    out = tl.fma(out, (share / total)[:, None].broadcast_to(out.shape), other)
     tl.store(out_ptrs, out, mask=fits)
     tl.store(lse_ptrs, peak + tl.log(total), mask=inside)
 
@@ -218,10 +220,13 @@ def merge_triton(out: Tensor, lse: Tensor, rows: Rows, other: Tensor, other_lse:
 def merge_torch(out: Tensor, lse: Tensor, rows: Rows, other: Tensor, other_lse: Tensor) -> None:
     """The same."""
     mine, theirs = lse[:, rows].contiguous(), other_lse.contiguous()
-    total = torch.logaddexp(mine, theirs)
-    share, other_share = ((x - total).exp().t().unsqueeze(2) for x in (mine, theirs))
+    peak = torch.maximum(mine, theirs)
+    share, other_share = (mine - peak).exp_(), (theirs - peak).exp_()
+    total = share + other_share
+    # Not exp(lse - the new lse): what that is rounded to, at the size of scores, would be in out.
+    share, other_share = (x.div_(total).t().unsqueeze(2) for x in (share, other_share))
     out[rows] = torch.addcmul(out[rows] * share, other.to(lse.dtype), other_share).to(out.dtype)
-    lse[:, rows] = total
+    lse[:, rows] = peak + total.log_()
 
 
 def _merge(attended: Attended, crossing: Crossing, other: Attended) -> None:

@@ -126,7 +126,7 @@ def test_repeatable(impl, dtype):
         assert all(map(torch.equal, first, again))
 
 
-def one_by_one(made, layout):
+def one_by_one(made, layout, impl="auto"):
     """Each group by itself: the same rows again."""
     start, parts = 0, []
     for prefix, lengths in zip(layout.prefixes, layout.responses, strict=True):
@@ -134,7 +134,7 @@ def one_by_one(made, layout):
         rows = slice(start, start + one.tokens)
         start += one.tokens
         leaves = (x.detach()[rows].requires_grad_() for x in made[:3])
-        parts.append(values(shared_prefix_attention, *leaves, made[3][rows], one))
+        parts.append(values(shared_prefix_attention, *leaves, made[3][rows], one, impl=impl))
     return [torch.cat(x) for x in zip(*parts, strict=True)]
 
 
@@ -394,7 +394,8 @@ def on_gpu(request):
     return request.param
 
 
-GPU_LAYOUTS = (*LAYOUTS.values(), PrefixLayout((700, 130), ((300, 129, 1), (64, 1, 500))))
+GPU_LAYOUTS = [layout for layout in LAYOUTS.values() if layout.tokens]
+GPU_LAYOUTS.append(PrefixLayout((700, 130), ((300, 129, 1), (64, 1, 500))))
 
 
 @pytest.mark.gpu
@@ -412,11 +413,12 @@ def test_error_beside_torch_on_a_gpu(head_dim, dtype, on_gpu):
 @pytest.mark.gpu
 def test_bits_on_a_gpu(on_gpu):
     """Outputs in every batch; gradients from run to run, where torch is told to."""
+    if on_gpu == "dense":
+        pytest.skip("as torch's own attention under a mask: nothing is promised")
     layout = GPU_LAYOUTS[-1]
     made = make(layout, BITS16, (8, 2), 128, "cuda")
-    if on_gpu != "dense":
-        whole = shared_prefix_attention(*made[:3], layout, impl=on_gpu)
-        assert torch.equal(whole, one_by_one(made, layout)[0])
+    whole = shared_prefix_attention(*made[:3], layout, impl=on_gpu)
+    assert torch.equal(whole, one_by_one(made, layout, impl=on_gpu)[0])
     torch.use_deterministic_algorithms(True)
     try:
         first = values(shared_prefix_attention, *made, layout, impl=on_gpu)

@@ -61,9 +61,10 @@ def run(extension: Path, program: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_nothing_reads_or_writes_where_it_must_not(extension):
+@pytest.mark.parametrize("tests", ["test_cpp.py", "test_packing.py"])
+def test_nothing_reads_or_writes_where_it_must_not(extension, tests):
     program = "import pytest; sys.exit(pytest.main(['-q', '-x', '-s', '-p', 'no:cacheprovider', "
-    done = run(extension, program + "'tests/test_cpp.py', 'tests/test_packing.py']))")
+    done = run(extension, program + f"'tests/{tests}']))")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trainer import plan as planning
 from trainer.config import Config, ConfigError, load
 from trainer.log import Muted, RunError, RunLog, open_run
 from trainer.parallel import World, join, leave
@@ -37,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # No hub is ever asked behind the user's back; a hub name as model.path is the user's wish.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers imports torchao, which complains of libraries for GPUs that are not here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if rest:
         args.settings += rest
     try:
@@ -88,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-tools", action="store_true", help="ask for direct answers")
     report = command("report", _report, "write RUN/report.html again", trains=False)
     report.add_argument("folder", type=Path, metavar="RUN")
+    planning.add_arguments(
+        command("plan", planning.run, "the memory of an update, before it is run", trains=False)
+    )
     command("status", _status, "which implementations of the operators run here", trains=False)
     return parser
 
@@ -142,11 +150,15 @@ class Program:
         limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
         self.player = Player(self.played, self.task.toolbox(), limits)
         self.direct_player = Player(self.played, None, limits)
-        self.engine = HFEngine(
-            self.played, temperature=rollout.temperature, max_batch=rollout.max_batch
-        )
-        self.greedy = HFEngine(
-            self.played, temperature=config.evaluate.temperature, max_batch=rollout.max_batch
+        self.engine, self.greedy = (
+            HFEngine(
+                self.played,
+                temperature=temperature,
+                max_batch=rollout.max_batch,
+                max_cache_bytes=rollout.max_cache_bytes,
+                cuda_graphs=rollout.cuda_graphs,
+            )
+            for temperature in (rollout.temperature, config.evaluate.temperature)
         )
 
     def close(self) -> None:

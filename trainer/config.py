@@ -102,6 +102,11 @@ class RolloutConfig(Section):
     """Of sampling in training. The loss divides the logits by the same."""
     max_batch: int = Field(256, ge=1)
     """Sequences generated at once."""
+    max_cache_bytes: int | None = Field(None, ge=1)
+    """Of keys and values kept at once: so few trajectories are played at a time that they fit.
+    null: max_batch alone decides."""
+    cuda_graphs: bool = False
+    """Whether the decoding step is captured once and replayed; for CUDA alone."""
 
 
 class SFTConfig(Section):

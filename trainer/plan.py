@@ -61,7 +61,7 @@ def largest_batch(s: Sizes, p: Settings) -> int:
 
 def needed(p: Settings) -> int:
     """The micro-batch that must fit: the one asked for, or one trajectory."""
-    return max(p.max_tokens or 0, p.prompt + p.response)
+    return p.max_tokens or p.prompt + p.response
 
 
 def update_fits(s: Sizes, p: Settings) -> bool:
@@ -205,7 +205,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory", type=float, default=d.gpu_memory, metavar="GIB", help="of one GPU")
     add("--group-size", type=int, default=d.group_size, metavar="G", help="rollouts of a prompt")
     add("--prompt", type=int, default=d.prompt, metavar="P", help="tokens, images included")
-    add("--image-tokens", type=int, default=d.image_tokens, metavar="N", help="of the prompt")
+    add(
+        "--image-tokens",
+        "--images-tokens",
+        type=int,
+        default=d.image_tokens,
+        metavar="N",
+        help="of the prompt",
+    )
     add("--response", type=int, default=d.response, metavar="R", help="tokens, tools' included")
     add("--tool-share", type=float, default=d.tool_share, help="of a response, written by tools")
     add("--active", type=float, default=d.active, help="share of rollouts with a gradient")

@@ -70,9 +70,11 @@ def rl(
     with log.progress("rl", config.steps) as bar:
         for step in range(1, config.steps + 1):
             start = time.perf_counter()
+            engine.stats()  # counts from here on
             with states_on_host(optimizer, optimizer_config.offload_during_rollouts):
                 rollouts = _play(task, player, engine, config, seed, step, stopping, world)
             played = time.perf_counter()
+            generation = {f"generation/{name}": n for name, n in engine.stats().items()}
             advantages = group_advantages(rollouts, config)
             updates = []
             lr = config.lr * schedule(step, config)
@@ -98,6 +100,7 @@ def rl(
                 "tokens_per_second": sum(len(r.ids) for r in rollouts) / seconds,
                 "rollout_seconds": played - start,
                 "update_seconds": seconds - (played - start),
+                **generation,
             }
             log.metrics("rl", step, **values)
             shown = ("reward", "accuracy", "tool_rate", "tokens_per_second")

@@ -13,6 +13,8 @@ Gemma 2, Gemma 3 (text); with activation checkpointing, under peft, and sharded 
 from __future__ import annotations
 
 import contextvars
+import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -185,27 +187,27 @@ def attention_cost(model: nn.Module) -> float:
 
 
 def apply_liger(model: nn.Module) -> bool:
-    """Liger's RMSNorm, RoPE and SwiGLU in place of transformers', by Liger's own function; the head
-    and the loss stay. -> whether there was anything to apply (it has kernels for GPUs alone).
+    """Liger's RMSNorm, RoPE and gated MLP in place of transformers', by Liger's own function; the
+    head and the loss stay. -> whether there was anything to apply (it has kernels for GPUs alone).
 
     Raises ImportError where the model is on a GPU and liger-kernel is not installed.
     """
     base = unwrapped(model)
     if base.get_input_embeddings().weight.device.type != "cuda":
         return False
+    from liger_kernel.transformers import LigerSwiGLUMLP
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)
     if apply is None:
         return False
-    apply(
-        rope=True,
-        rms_norm=True,
-        swiglu=True,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-        model=base,
-    )
+    wanted = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu"), True)
+    wanted |= dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    known = inspect.signature(apply).parameters
+    apply(**{name: value for name, value in wanted.items() if name in known}, model=base)
+    if base.config.model_type == "qwen3_vl":  # it takes swiglu=True there, and does nothing
+        for layer in decoder(model).layers:
+            layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
     return True
 
 
@@ -287,7 +289,9 @@ def _attention(
     if prefix_layout is None:
         name = None if fallback == "eager" else fallback
         plain = _eager(module) if name is None else ALL_ATTENTION_FUNCTIONS[name]
-        return plain(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return plain(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; packed batches know none. Set it to 0")
     out = shared_prefix_attention(
@@ -304,8 +308,6 @@ def _attention(
 
 def _eager(module: nn.Module):
     """eager is no entry of the interface but a function of each model's own file."""
-    import sys
-
     return sys.modules[type(module).__module__].eager_attention_forward
 
 

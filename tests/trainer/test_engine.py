@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from metis_kernels.adapters import hf
 from trainer.engines import generation as generation_module
 from trainer.engines import kv
 from trainer.engines.hf import HFEngine, Sampled
@@ -374,16 +375,31 @@ def test_training_goes_on_as_it_was(fresh_vlm):
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa_by_another_name"])
-def test_other_attention_is_given_the_same_masks(fresh_vlm, name):
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_other_attention_is_given_the_same_masks(fresh_vlm, name, prepared):
+    """Prepared: as training leaves it, with attention over packed batches put before it."""
+    engine = HFEngine(fresh_vlm, temperature=1.7)
+    expected, _ = converse(fresh_vlm, engine)
+    fresh_vlm.model.set_attn_implementation({"text_config": name})
+    if prepared:
+        hf.prepare(fresh_vlm.model)
+    used = fresh_vlm.model.model.language_model.config._attn_implementation
+    assert used.endswith(name) and (used != name) == prepared
+    sequences, _ = converse(fresh_vlm, engine)
+    assert [ids for ids, _ in sequences] == [ids for ids, _ in expected]
+
+
+def test_attention_that_transformers_does_not_know_is_given_the_same_masks(fresh_vlm):
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     engine = HFEngine(fresh_vlm, temperature=1.7)
     expected, _ = converse(fresh_vlm, engine)
     AttentionInterface.register("sdpa_by_another_name", sdpa_attention_forward)
-    fresh_vlm.model.set_attn_implementation({"text_config": name})
-    assert fresh_vlm.model.model.language_model.config._attn_implementation == name
+    fresh_vlm.model.set_attn_implementation({"text_config": "sdpa_by_another_name"})
+    used = fresh_vlm.model.model.language_model.config._attn_implementation
+    assert used == "sdpa_by_another_name"
     sequences, _ = converse(fresh_vlm, engine)
     assert [ids for ids, _ in sequences] == [ids for ids, _ in expected]
 

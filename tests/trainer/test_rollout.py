@@ -1,14 +1,12 @@
 """Trajectories with the demo's base model and its real tools."""
 
 import contextlib
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.batch import by_length, collate
 from trainer.engines.hf import HFEngine, Sampled
 from trainer.rollout import Limits, Player, TemplateError
 from trainer.tasks.glyphs import tools
@@ -88,7 +86,7 @@ def test_an_image_that_a_tool_shows_is_seen_and_can_be_used(vlm, player):
     assert [image.size for image in rollout.images] == [(128, 128), (32, 32)]
     assert rollout.ids.count(vlm.image_token_id) == 32
     assert rollout.turns[1].observation.text == "(32, 32)"
-    collate(vlm, [rollout])  # asserts that placeholders and images agree
+    vlm.collate([(rollout.ids, rollout.images)])  # asserts that placeholders and images agree
 
 
 @pytest.mark.parametrize(
@@ -198,14 +196,18 @@ def test_the_sampled_logprobs_are_those_of_the_training_path(vlm, player):
     from metis_kernels import linear_logprobs
 
     rollouts = player.play(HFEngine(vlm), [_question(kind, 2) for kind in KINDS], range(8))
-    batch = collate(vlm, rollouts)
-    with torch.no_grad():
-        logprob, _ = linear_logprobs(batch.hidden(vlm.model), vlm.head, batch.label, batch.row)
-    sampled = torch.tensor(
-        [lp for r in rollouts for lp, mine in zip(r.logprob, r.policy, strict=True) if mine]
-    )
-    assert len(sampled) == len(logprob) > 30
-    assert (sampled - logprob).abs().max() < 5e-3
+    compared = 0
+    for rollout in rollouts:
+        inputs = vlm.collate([(rollout.ids, rollout.images)])
+        row = torch.tensor(rollout.policy).nonzero()[:, 0] - 1
+        label = torch.tensor(rollout.ids)[row + 1]
+        with torch.no_grad():
+            hidden = vlm.model.model(**inputs, use_cache=False).last_hidden_state[0]
+            logprob, _ = linear_logprobs(hidden, vlm.head, label, row)
+        sampled = torch.tensor(rollout.logprob)[row + 1]
+        assert (sampled - logprob).abs().max() < 1e-4
+        compared += len(row)
+    assert compared > 30
 
 
 def test_demonstrations_train_on_what_the_script_wrote(vlm, player):
@@ -221,27 +223,6 @@ def test_demonstrations_train_on_what_the_script_wrote(vlm, player):
             assert text.startswith("<reason>It may be ")
 
 
-def test_micro_batches_hold_every_rollout_once_and_stay_small(vlm, player):
-    drafts = [draft("train", n) for n in range(40)]
-    scripts = [Script(one, np.random.default_rng(n)) for n, one in enumerate(drafts)]
-    rollouts = player.demonstrate([one.question for one in drafts], scripts)
-    parts = by_length(rollouts, 500)
-    assert sorted(i for part in parts for i in part) == list(range(40))
-    for part in parts:
-        assert max(len(rollouts[i].ids) for i in part) * len(part) <= 500 or len(part) == 1
-
-
 def test_text_and_images_must_agree(vlm):
     with pytest.raises(ValueError, match="1 image placeholders but 0 images"):
         vlm.encode("<|vision_start|><|image_pad|><|vision_end|>")
-
-
-def test_a_batch_reads_the_row_before_each_token(vlm, player):
-    rollouts = player.play(HFEngine(vlm), [_question(), _question("emblem")], [0, 1])
-    batch = collate(vlm, rollouts)
-    flat = batch.inputs["input_ids"].flatten()
-    assert torch.equal(flat[batch.row + 1], batch.label)
-    for n, rollout in enumerate(rollouts):
-        assert (batch.sequence == n).sum() == sum(rollout.policy)
-    changed = [dataclasses.replace(r, policy=[False] * len(r.ids)) for r in rollouts]
-    assert collate(vlm, changed).row.numel() == 0

@@ -149,7 +149,8 @@ class HFEngine:
                 f"attention is {name!r}, which takes no mask of rows with their own lengths; load "
                 "the model with attn_implementation='sdpa'"
             )
-        self._mask_is_added = name == "eager"
+        # Also where metis_kernels.adapters.hf has put its attention before it.
+        self._mask_is_added = name.endswith("eager")
         training = [module for module in self.vlm.model.modules() if module.training]
         self.vlm.model.eval()
         try:

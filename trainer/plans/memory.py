@@ -41,8 +41,8 @@ These are bytes of tensors, as torch's allocator counts them. On a CPU they agre
 peaks within 10 % (tests/trainer/test_plan.py). The resident memory of a process is more: by 8 to 30
 MB of BLAS's and oneDNN's own, and with glibc's default malloc, which keeps freed blocks, 1.2 to 2.5
 times as much was measured. Nothing was measured on a GPU: `reserve`, for CUDA's context, its
-libraries and a fragmented allocator, is an assumption, and so are offload, NF4, FSDP2 and Liger (the
-last read from its source).
+libraries and a fragmented allocator, is an assumption, and offload, NF4, FSDP2 and Liger are read
+from sources, not measured.
 """
 
 from __future__ import annotations
@@ -112,8 +112,11 @@ class Settings:
                 "with --lora (a rank > 0) the adapters of the language model's layers are all that "
                 "is trained; leave out --train-vision"
             )
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be >= 1, got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < self.prompt + self.response:
+            raise ConfigError(
+                f"max_tokens must hold a trajectory of {self.prompt + self.response} tokens, got "
+                f"{self.max_tokens}"
+            )
 
     @property
     def itemsize(self) -> int:
@@ -161,7 +164,7 @@ def layer_saved(s: Sizes, p: Settings) -> float:
         total += norm_saved(s.q, s.heads, s, p, out=False)
         total += norm_saved(s.k, s.kv_heads, s, p, out=False)
     total += attention_saved(s, e)
-    total += e * s.mlp * (2 if liger and s.liger_mlp else 3) + (0 if wide else e * s.mlp)
+    total += e * s.mlp * (2 if liger else 3) + (0 if wide else e * s.mlp)
     if wide:
         total += 4 * (5 * s.hidden + s.q + s.mlp)
     if p.lora:
@@ -247,7 +250,7 @@ def backward_work(s: Sizes, p: Settings, tokens: float) -> tuple[float, float]:
     matrix = 0 if p.lora else s.hidden * s.mlp * e
     if p.nf4:
         matrix = s.hidden * s.mlp * e  # dequantised
-    inside = e * s.mlp * (0 if liger and s.liger_mlp else 2) + e * s.hidden
+    inside = e * s.mlp * (0 if liger else 2) + e * s.hidden
     if p.lora and e < 4:  # an adapter's gradient in fp32, once more scaled, in the layer's widest
         inside += 8 * s.mlp
     norm = s.hidden * (2 * e if liger else e + 3 * 4)
@@ -286,7 +289,6 @@ def budget(s: Sizes, p: Settings, tokens: float) -> dict[str, dict[str, float]]:
     kept = stored(s, p, tokens)
     again = 0 if p.checkpointing == "none" else tokens * layer_saved(s, p)
     inside, norm = backward_work(s, p, tokens)
-    hidden = tokens * s.hidden * e  # the last hidden states, which the caller holds
     ends = tokens * norm_saved(s.hidden, 1, s, p, out=False)
     static = {
         "weights": weights / n,
@@ -309,7 +311,7 @@ def budget(s: Sizes, p: Settings, tokens: float) -> dict[str, dict[str, float]]:
             "head and chunks": head_bytes(s, p, tokens),
         },
         "backward": {"gathered": gathered, "activations": activations, "work space": work},
-        "step": {"activations": hidden, "work space": largest},
+        "step": {"work space": largest},
         "rollout": {
             "gradients": 0.0,
             "optimizer": 0.0 if p.optimizer_offload else optimizer,

@@ -44,8 +44,6 @@ class Sizes:
     """RMSNorms of hidden width in a layer: two before a branch, and in Gemma 2 two behind."""
     qk_norm: bool
     gemma: bool
-    liger_mlp: bool
-    """Whether liger-kernel replaces the MLP of this model (Qwen3-VL's it leaves alone)."""
     tied: bool
     tensors: tuple[tuple[str, int], ...]
     """(vision | layers | embeddings | head, numbers) of every parameter; tied weights are of the
@@ -130,7 +128,6 @@ def sizes(config: Any, name: str = "") -> Sizes:
         norms=sum(m.weight.numel() == text.hidden_size for m in norms if m.weight.numel() != dim),
         qk_norm=hasattr(layer.self_attn, "q_norm"),
         gemma="Gemma" in type(layer).__name__,
-        liger_mlp=config.model_type != "qwen3_vl",
         tied=inputs is head,
         tensors=tuple((group(p), p.numel()) for p in model.parameters()),
         linear=sum(m.weight.numel() for m in linear),
