@@ -25,6 +25,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from bench import harness
 from trainer.engines.hf import HFEngine
 from trainer.engines.sampling import Sampled, sample, uniforms
 from trainer.model import VisionLanguageModel
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file to write the results into")
     args = parser.parse_args()
     torch.manual_seed(0)
     task = load_task("glyphs")
@@ -163,16 +165,25 @@ def main() -> None:
         f"{sum(len(r.images) > len(r.question.images) for r in last)} with an observed image, "
         f"{sum(len(r.ids) for r in last) / len(last):.0f} tokens each"
     )
+    record: dict[str, object] = {"prompts": args.prompts, "group_size": args.group}
     for index, what in enumerate(("rollouts, tools included", "the engine alone")):
         old, new = ([pair[index] for pair in seconds[name]] for name in engines)
         ratio = statistics.median(o / n for o, n in zip(old, new, strict=True))
+        record[what] = {
+            "plain_s": statistics.median(old), "kept_s": statistics.median(new), "ratio": ratio,
+        }  # fmt: skip
         print(
             f"{what}: {statistics.median(old):.2f} s a round -> {statistics.median(new):.2f} s, "
             f"ratio {ratio:.2f}"
         )
     print(f"same trajectories: {statistics.mean(same):.1%}")
+    record["same"] = statistics.mean(same)
     for name, engine in engines.items():
-        print(f"{name}: {', '.join(f'{key} {value:.0f}' for key, value in engine.stats().items())}")
+        counts = engine.stats()
+        print(f"{name}: {', '.join(f'{key} {value:.0f}' for key, value in counts.items())}")
+        record[name] = counts
+    if args.out:
+        harness.write(args.out, "generation", [record])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One whole update of a vision-language model: forward, loss, backward, optimizer.
 
-    python -m bench.bench_step                                   the tiny model on a CPU
-    python -m bench.bench_step --model qwen3-vl-8b --prompt 8192 --response 2048     on a GPU
+    python -m bench.bench_step                              the demo's model, or an 8B on a GPU
+    python -m bench.bench_step --case 8192/4096/2048/0.5    one case: tokens of a prompt, of its
+                                                            picture, of a response; active share
 
 The same rollouts three ways:
 
@@ -13,15 +14,16 @@ ours      packed behind shared prompts, only rows that carry loss, gradient in t
           without advantage left out
 
 Rollouts are made up: random tokens and pictures; what they cost does not depend on what they say.
+Micro-batches hold one group each ("group": the same rollouts whichever way, so the peaks tell what
+sharing saves), or at most max-tokens computed tokens ("tokens": like memory, so the times tell).
 tokens/s counts prompt and response of every rollout, whichever way they are computed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -53,8 +55,8 @@ def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
 class Workload:
     """A model and the rollouts of one optimizer step."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, case: Case, args: argparse.Namespace):
+        self.case, self.args = case, args
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rng = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
@@ -67,6 +69,7 @@ class Workload:
         hf.apply_liger(self.model)
         kind = OptimizerConfig(kind="adamw" if args.dtype == "float32" else "adamw8bit")
         self.optimizer = make_optimizer(self.model, kind, LR, (0.9, 0.999), 0.0)
+        self.attention_cost = hf.attention_cost(self.model)
         self.groups: list[list[mk.Trajectory]] = []
         self.pictures: list[tuple[Tensor, Tensor]] = []
         for _ in range(args.groups):
@@ -75,21 +78,21 @@ class Workload:
         self.tokens = sum(len(t.ids) for g in self.groups for t in g)
 
     def _group(self) -> list[mk.Trajectory]:
-        args, vision = self.args, self.config.vision_config
-        side = int(args.image_tokens**0.5)
+        case, args, vision = self.case, self.args, self.config.vision_config
+        side = int(case.image**0.5)
         merge = vision.spatial_merge_size
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         key = len(self.pictures)
         grid = torch.tensor([[1, side * merge, side * merge]])
         self.pictures.append((torch.randn(int(grid.prod()), patch, generator=self.rng), grid))
         start, pad = self.config.vision_start_token_id, self.config.image_token_id
-        rest = args.prompt - side * side - 2
+        rest = case.prompt - side * side - 2
         head = [start, *[pad] * side**2, self.config.vision_end_token_id]
         prompt = torch.cat([torch.tensor(head), self._text(rest)])
         lengths = torch.randint(
-            args.response // 2, args.response * 3 // 2 + 1, (args.group_size,), generator=self.rng
+            case.response // 2, case.response * 3 // 2 + 1, (args.group_size,), generator=self.rng
         )
-        active = round(args.active * args.group_size)
+        active = round(case.active * args.group_size)
         group = []
         for i, length in enumerate(lengths.tolist()):
             ids = torch.cat([prompt, self._text(length)])
@@ -134,16 +137,28 @@ class Workload:
     # ---- the three ways -----------------------------------------------------------------------
 
     def padded(self) -> float:
-        rollouts = [(g, t) for g, group in enumerate(self.groups) for t in group]
-        rollouts.sort(key=lambda one: len(one[1].ids))
+        if self.args.micro == "group":
+            for number, group in enumerate(self.groups):
+                self._padded([(number, one) for one in group])
+            return self.step()
+        rollouts = [(number, one) for number, group in enumerate(self.groups) for one in group]
+        rollouts.sort(key=lambda rollout: len(rollout[1].ids))
         rows: list[tuple[int, mk.Trajectory]] = []
-        for one in rollouts:
-            if rows and len(one[1].ids) * (len(rows) + 1) > self.args.max_tokens:
+        for rollout in rollouts:
+            if rows and len(rollout[1].ids) * (len(rows) + 1) > self.args.max_tokens:
                 self._padded(rows)
                 rows = []
-            rows.append(one)
+            rows.append(rollout)
         self._padded(rows)
         return self.step()
+
+    def _batches(self, **options) -> Iterator[mk.PackedBatch]:
+        if self.args.micro == "tokens":
+            yield from mk.pack(self.groups, self.args.max_tokens, **options)
+            return
+        for number in range(len(self.groups)):
+            alone = [group if n == number else [] for n, group in enumerate(self.groups)]
+            yield from mk.pack(alone, 10**9, **options)
 
     def _padded(self, rows: list[tuple[int, mk.Trajectory]]) -> None:
         length = max(len(t.ids) for _, t in rows)
@@ -179,8 +194,7 @@ class Workload:
         loss.backward()
 
     def packed(self) -> float:
-        batches = mk.pack(self.groups, self.args.max_tokens, share=False, keep_all=True)
-        for batch in batches:
+        for batch in self._batches(share=False, keep_all=True):
             hidden = hf.hidden_states(self.model, batch, **self._pixels(batch))
             on_device = batch.to(self.device)
             label = torch.zeros(batch.T, dtype=torch.int64, device=self.device)
@@ -192,9 +206,7 @@ class Workload:
         return self.step()
 
     def ours(self) -> float:
-        for batch in mk.pack(
-            self.groups, self.args.max_tokens, attention_cost=hf.attention_cost(self.model)
-        ):
+        for batch in self._batches(attention_cost=self.attention_cost):
             hidden = hf.hidden_states(self.model, batch, **self._pixels(batch))
             targets = batch.to(self.device).targets(self.n, self.n)
             loss, _ = mk.linear_hdpo_loss(hidden, hf.head(self.model).weight, targets, CONFIG)
@@ -212,30 +224,39 @@ WAYS: dict[str, Callable[[Workload], float]] = {
 }
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="qwen3-vl-8b" if on_gpu else "tiny")
-    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--groups", type=int, default=1 if on_gpu else 4)
-    parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=8192 if on_gpu else 256)
-    parser.add_argument("--image-tokens", type=int, default=4096 if on_gpu else 64)
-    parser.add_argument("--response", type=int, default=2048 if on_gpu else 64, help="mean")
-    parser.add_argument("--tool-share", type=float, default=0.3, help="of a response")
-    parser.add_argument("--active", type=float, default=1.0, help="rollouts with an advantage")
-    parser.add_argument("--max-tokens", type=int, default=40_960 if on_gpu else 4096)
-    parser.add_argument("--checkpointing", action="store_true", default=on_gpu)
-    parser.add_argument("--rounds", type=int, default=3 if on_gpu else 7)
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--probe", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="JSON file to write the results into")
-    args = parser.parse_args()
-    work = Workload(args)
-    if args.probe:
-        WAYS[args.probe](work)  # states of the optimizer are no part of what a way adds
-        print(harness.peak_bytes(lambda: WAYS[args.probe](work)))
-        return
+@dataclass(frozen=True)
+class Case:
+    prompt: int
+    image: int
+    """Of the prompt's tokens those of its picture; a square number."""
+    response: int
+    """Mean; from half to one and a half of it."""
+    active: float
+    """Share of the rollouts that have an advantage."""
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        prompt, image, response, active = text.split("/")
+        return cls(int(prompt), int(image), int(response), float(active))
+
+    def __str__(self) -> str:
+        return f"{self.prompt}/{self.image}/{self.response}/{self.active:g}"
+
+
+CPU_CASES = (Case(256, 64, 64, 1.0), Case(256, 64, 64, 0.5), Case(1024, 256, 256, 1.0))
+GPU_CASES = (
+    Case(1024, 256, 512, 0.5),
+    Case(8192, 4096, 2048, 1.0),
+    Case(8192, 4096, 2048, 0.5),
+    Case(24_576, 16_384, 4096, 0.5),
+)
+"""Half of a group's rollouts without advantage is what GRPO runs report for easy and hard prompts
+together; 1.0 shows what sharing saves by itself."""
+
+
+def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
+    """Every way on one case, held against one another before they are timed -> records."""
+    work = Workload(case, args)
     norms = {name: WAYS[name](work) for name in args.only}
     tolerance = 1e-3 if args.dtype == "float32" else 5e-2
     if not max(norms.values()) - min(norms.values()) <= tolerance * max(norms.values()):
@@ -243,11 +264,14 @@ def main() -> None:
     times = harness.measure(
         {name: lambda way=WAYS[name]: way(work) for name in args.only}, args.rounds, warmup=1
     )
-    words = sys.argv[1:]
+    names = ("model", "dtype", "groups", "group_size", "tool_share", "max_tokens", "micro")
+    settings = {name: getattr(args, name) for name in names} | asdict(case)
+    words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    words += [f"--case={case}", *["--checkpointing"] * args.checkpointing]
     records = []
-    settings = {k: v for k, v in vars(args).items() if k not in ("probe", "out", "only", "rounds")}
+    print(f"{args.model}, {args.groups} x {args.group_size} rollouts, {case}:")
     for name, t in times.items():
-        peak = harness.peak_in_subprocess("bench.bench_step", name, _without_out(words))
+        peak = harness.peak_in_subprocess("bench.bench_step", name, words)
         rate = work.tokens / t["median_ms"] * 1e3
         records.append(
             {"way": name, "tokens_per_second": rate, "peak_bytes": peak, **settings, **t}
@@ -256,17 +280,41 @@ def main() -> None:
             f"  {name:8} {t['median_ms']:10.1f} ms ({t['p20_ms']:.1f} to {t['p80_ms']:.1f})  "
             f"{rate:10.0f} tokens/s  {peak / 2**20:9.0f} MiB"
         )
-    print(json.dumps({k: settings[k] for k in ("model", "prompt", "response", "active")}))
+    return records
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen3-vl-8b" if on_gpu else "tiny")
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--groups", type=int, default=1 if on_gpu else 4)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument(
+        "--case", type=Case.parse, nargs="+", metavar="PROMPT/IMAGE/RESPONSE/ACTIVE"
+    )
+    parser.add_argument("--tool-share", type=float, default=0.3, help="of a response")
+    parser.add_argument("--max-tokens", type=int, default=40_960 if on_gpu else 4096)
+    parser.add_argument(
+        "--micro", choices=("group", "tokens"), default="tokens" if on_gpu else "group"
+    )
+    parser.add_argument("--checkpointing", action="store_true", default=on_gpu)
+    parser.add_argument("--rounds", type=int, default=3 if on_gpu else 7)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--probe", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="JSON file to write the results into")
+    args = parser.parse_args()
+    cases = args.case or (GPU_CASES if on_gpu else CPU_CASES)
+    if args.probe:
+        work = Workload(cases[0], args)
+        for parameter in work.optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        work.step()  # states of the optimizer are no part of what a way adds
+        print(harness.peak_bytes(lambda: WAYS[args.probe](work)))
+        return
+    records = [record for case in cases for record in run_case(case, args)]
     if args.out:
         harness.write(args.out, "step", records)
-
-
-def _without_out(words: list[str]) -> list[str]:
-    """The arguments of a probe: those given, but for the file to write."""
-    if "--out" in words:
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
-    return words
 
 
 if __name__ == "__main__":

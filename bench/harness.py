@@ -101,9 +101,11 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
 
 def peak_in_subprocess(module: str, variant: str, arguments: list[str]) -> int:
-    """`peak_bytes` of one variant of a benchmark module, in a fresh process."""
+    """`peak_bytes` of one variant of a benchmark module, in a fresh process whose malloc gives
+    blocks back: else resident memory counts what has long been freed."""
     command = [sys.executable, "-m", module, *arguments, "--probe", variant]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return int(done.stdout.split()[-1])

@@ -2,8 +2,9 @@
 
     python -m bench.render       writes;  --check exits 1 where the README or a picture is stale
 
-demo.json and compare.json have a block each. Timings, which are told by what a file holds and not
-by its name, share one block, file after file, each with its pictures next to it.
+demo.json and compare.json have a block each. Timings are told by what a file holds and not by its
+name: those of whole steps share a block (`bench.render_steps`), those of the kernels another, file
+after file, each with its pictures next to it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench import render_steps
+from bench.markdown import NOTHING, figures, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -107,7 +111,6 @@ Entries = dict[str, dict[str, Any]]
 """benchmark -> {"stamp": ..., "records": [...]}, as `bench.harness.write` leaves it"""
 
 BENCHMARKS = ("linear_hdpo", "filter", "cpu_rows", "demo_step", "logprobs", "advantages")
-NOTHING = "–"
 NO_TIMINGS = (
     "No timings are recorded: `bash bench/run_gpu.sh` takes them on a machine with a GPU, "
     "`python -m bench.render` brings them here."
@@ -121,14 +124,14 @@ LEGEND = (
 )
 
 
-def timings(results: Path) -> dict[str, Entries]:
-    """Stem of a file -> what it holds of BENCHMARKS; files that hold none are left out."""
+def timings(results: Path, names: Iterable[str] = BENCHMARKS) -> dict[str, Entries]:
+    """Stem of a file -> what it holds of the benchmarks; files that hold none are left out."""
     found = {}
     for path in sorted(results.glob("*.json")):
         content = json.loads(path.read_text())
         entries = {
             name: content[name]
-            for name in BENCHMARKS
+            for name in names
             if isinstance(content, dict) and _is_entry(content.get(name))
         }
         if entries:
@@ -146,6 +149,16 @@ def kernels(found: dict[str, Entries]) -> str:
         return NO_TIMINGS
     legend = [LEGEND] * any("linear_hdpo" in entries for entries in found.values())
     return "\n\n".join([*legend, *(_device(stem, entries) for stem, entries in found.items())])
+
+
+def steps(found: dict[str, Entries]) -> str:
+    """The block of whole steps and what they are made of, device after device."""
+    parts = []
+    for entries in found.values():
+        parts.append(_stamps(entries))
+        for name, entry in entries.items():
+            parts += render_steps.TABLES[name](entry["records"])
+    return "\n\n".join(parts)
 
 
 def pictures(found: dict[str, Entries]) -> dict[str, str]:
@@ -254,7 +267,7 @@ def _everybody(case: list[Record]) -> list[str]:
         [r["provider"], r["objective"], *_measured(r), _error(r.get("gradient_error"))]
         for r in timed
     ]
-    parts = [f"`linear_hdpo_loss`, {_setting(case[0])}:", _table(columns.split(", "), rows)]
+    parts = [f"`linear_hdpo_loss`, {_setting(case[0])}:", table(columns.split(", "), rows)]
     reasons: dict[str, list[str]] = {}
     for record in case:
         if "median_ms" not in record:
@@ -278,12 +291,12 @@ def _ours(cases: list[list[Record]]) -> list[str]:
         rows.append([
             first["head"], f"{first['tokens']:,}", f"{first['active']:.0%}",
             "yes" if first["frozen"] else "no", f"{first['entropy']:.2f}",
-            *_measured(_record(case, "ours")), _figures(other.get("median_ms")),
+            *_measured(_record(case, "ours")), figures(other.get("median_ms")),
         ])  # fmt: skip
     if not any("median_ms" in other for other in filtered):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-        return ["`ours` in every case:", _table(columns, rows)]
-    return ['`ours` in every case; filtered: `grad_filter="auto"`:', _table(columns, rows)]
+        return ["`ours` in every case:", table(columns, rows)]
+    return ['`ours` in every case; filtered: `grad_filter="auto"`:', table(columns, rows)]
 
 
 def _filtered(cases: list[list[Record]]) -> list[str]:
@@ -294,7 +307,7 @@ def _filtered(cases: list[list[Record]]) -> list[str]:
         rows.append([
             f"{case[0]['temperature']:g}", f"{case[0]['entropy']:.2f}",
             f"{other['live_share']:.1%}" if "live_share" in other else NOTHING,
-            *(_figures(r.get("of_floor")) for r in (plain, other)),
+            *(figures(r.get("of_floor")) for r in (plain, other)),
             *(_error(r.get("gradient_error")) for r in (plain, other)),
         ])  # fmt: skip
     first = cases[0][0]
@@ -303,7 +316,7 @@ def _filtered(cases: list[list[Record]]) -> list[str]:
     return [
         f'`grad_filter="auto"` on the logits of {first["head"]}, {first["tokens"]:,} tokens, '
         f"{first['dtype']}, sharpened by a temperature:",
-        _table(columns.split(", "), rows),
+        table(columns.split(", "), rows),
     ]
 
 
@@ -311,8 +324,8 @@ def _cpu_rows(records: list[Record]) -> list[str]:
     """The row pass alone: milliseconds, and how many times that of ours."""
     chunks = list(dict.fromkeys((r["rows"], r["vocab"], r["dtype"]) for r in records))
     cell = {
-        (r["variant"], r["rows"], r["vocab"], r["dtype"]): f"{_figures(r['median_ms'])} "
-        f"({_figures(r['of_ours'])})"
+        (r["variant"], r["rows"], r["vocab"], r["dtype"]): f"{figures(r['median_ms'])} "
+        f"({figures(r['of_ours'])})"
         for r in records
     }
     names = dict.fromkeys(r["variant"] for r in records)
@@ -321,13 +334,13 @@ def _cpu_rows(records: list[Record]) -> list[str]:
     return [
         "The row pass alone, from raw logits to logprob, entropy and d(logits) in their place: ms "
         "(and times ours); copy: the logits copied, that is read and written once:",
-        _table(["", *columns], rows),
+        table(["", *columns], rows),
     ]
 
 
 def _demo_step(records: list[Record]) -> str:
     said = (
-        f"{r['impl']} {_figures(r['loss_ms'])} of {_figures(r['step_ms'])} ms ({r['share']:.1%})"
+        f"{r['impl']} {figures(r['loss_ms'])} of {figures(r['step_ms'])} ms ({r['share']:.1%})"
         for r in records
     )
     return f"The loss within a step of the demo's RL, step by step in turn: {'; '.join(said)}."
@@ -341,7 +354,7 @@ def _measured(record: Record) -> list[str]:
     """Time, over the floor, TFLOP/s and peak of a record; one that was not timed has none."""
     if "median_ms" not in record:
         return [NOTHING] * 4
-    shown = [_figures(record[key]) for key in ("median_ms", "of_floor", "tflops")]
+    shown = [figures(record[key]) for key in ("median_ms", "of_floor", "tflops")]
     return [*shown, f"{record['peak_bytes'] / 2**20:,.0f}"]
 
 
@@ -353,11 +366,11 @@ def _logprobs(records: list[Record]) -> list[str]:
         name, _, which = record["variant"].rpartition(", ")
         name, which = (name, which) if name else ("copy of the logits", "")
         shown = (record[key] for key in ("median_ms", "gigabytes_per_second", "of_copy"))
-        rows.append([name, passes[which], *map(_figures, shown)])
+        rows.append([name, passes[which], *map(figures, shown)])
     return [
         f"`logprobs` of {first['tokens']:,} x {first['vocab']:,} logits, {first['dtype']}; GB/s "
         "counts what has to be moved:",
-        _table(["implementation", "pass", "ms", "GB/s", "of a copy's GB/s"], rows),
+        table(["implementation", "pass", "ms", "GB/s", "of a copy's GB/s"], rows),
     ]
 
 
@@ -366,26 +379,13 @@ def _advantages(records: list[Record]) -> str:
     counts = list(dict.fromkeys(r["rollouts"] for r in records))
     taken = {(r["impl"], r["rollouts"]): 1e3 * r["median_ms"] for r in records}
     said = (
-        f"{impl} {' / '.join(_figures(taken.get((impl, count))) for count in counts)}"
+        f"{impl} {' / '.join(figures(taken.get((impl, count))) for count in counts)}"
         for impl in dict.fromkeys(r["impl"] for r in records)
     )
     return (
         f"`hdpo_advantages` of {' / '.join(f'{count:,}' for count in counts)} rollouts in groups "
         f"of {records[0]['group_size']}, in µs: {'; '.join(said)}."
     )
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _figures(value: float | None) -> str:
-    """Three significant ones, with their zeros."""
-    if value is None:
-        return NOTHING
-    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:,.{max(decimals, 0)}f}"
 
 
 def _error(value: float | None) -> str:
@@ -402,6 +402,9 @@ def render(text: str, results: Path = RESULTS) -> str:
         path = results / f"{name}.json"
         if path.exists():
             text = _put(text, name, write(json.loads(path.read_text())))
+    whole = timings(results, render_steps.TABLES)
+    if whole:
+        text = _put(text, "steps", steps(whole))
     return _put(text, "kernels", kernels(timings(results)))
 
 

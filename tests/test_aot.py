@@ -23,7 +23,7 @@ def test_every_kernel_compiles_without_a_spill():
     done = aot()
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = ("row_kernel", "statistics_kernel", "gradient_kernel", "logprobs.forward_kernel")
-    kernels += ("logprobs.backward_kernel", "advantages_kernel")
+    kernels += ("logprobs.backward_kernel", "advantages_kernel", "merge_kernel")
     assert all(name in done.stdout for name in kernels)
     assert all(f"sm_{architecture}" in done.stdout for architecture in (80, 90, 100))
     assert done.stdout.rstrip().endswith("no spill")

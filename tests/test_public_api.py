@@ -20,8 +20,12 @@ SIGNATURES = {
     "linear_logprobs": "hidden weight label row * bias temperature softcap logits_dtype impl "
     "chunk_bytes process_group grad_filter",
     "logprobs": "logits label * temperature impl",
+    "pack": "groups max_tokens * ranks share keep_all attention_cost impl",
+    "shared_prefix_attention": "q k v layout * scale window softcap impl",
     "status": "device",
     "tool_reward": "tool_calls correct",
+    "unpack": "batch values",
+    "unpack_targets": "batch values",
 }
 FIELDS = {
     "Advantages": "acc tool qualifies acc_signal tool_signal",
@@ -31,6 +35,13 @@ FIELDS = {
     "approx_kl ratio_max n_active n_nonfinite",
     "HDPOTargets": "row label old_logprob acc_advantage tool_advantage n_acc n_tool ref_logprob "
     "is_weight sequence",
+    "ImageRef": "group rollout index",
+    "ImageSpan": "start stop key",
+    "PackedBatch": "ids positions layout images row label acc_advantage tool_advantage "
+    "old_logprob ref_logprob is_weight sequence members attention_cost",
+    "PrefixLayout": "prefixes responses",
+    "Trajectory": "ids policy acc_advantage tool_advantage images positions old_logprob "
+    "ref_logprob is_weight name",
 }
 DEFAULTS = {
     "w_acc": 1.0, "w_tool": 0.15, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0,
