@@ -257,12 +257,20 @@ together; 1.0 shows what sharing saves by itself."""
 def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
     """Every way on one case, held against one another before they are timed -> records."""
     work = Workload(case, args)
-    norms = {name: WAYS[name](work) for name in args.only}
+    norms, peaks, reasons = {}, {}, {}
+    for name in args.only:
+        try:
+            norms[name] = WAYS[name](work)
+            if torch.cuda.is_available():
+                peaks[name] = harness.peak_bytes(lambda way=WAYS[name]: way(work))
+        except torch.OutOfMemoryError as error:
+            reasons[name] = f"out of memory: {str(error).partition('.')[0]}"
+            work.optimizer.zero_grad(set_to_none=True)
     tolerance = 1e-3 if args.dtype == "float32" else 5e-2
-    if not max(norms.values()) - min(norms.values()) <= tolerance * max(norms.values()):
+    if norms and not max(norms.values()) - min(norms.values()) <= tolerance * max(norms.values()):
         raise SystemExit(f"the gradients' norms differ: {norms}; nothing was timed")
     times = harness.measure(
-        {name: lambda way=WAYS[name]: way(work) for name in args.only}, args.rounds, warmup=1
+        {name: lambda way=WAYS[name]: way(work) for name in norms}, args.rounds, warmup=1
     )
     names = ("model", "dtype", "groups", "group_size", "tool_share", "max_tokens", "micro")
     settings = {name: getattr(args, name) for name in names} | asdict(case)
@@ -271,7 +279,9 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
     records = []
     print(f"{args.model}, {args.groups} x {args.group_size} rollouts, {case}:")
     for name, t in times.items():
-        peak = harness.peak_in_subprocess("bench.bench_step", name, words)
+        if name not in peaks:
+            peaks[name] = harness.peak_in_subprocess("bench.bench_step", name, words)
+        peak = peaks[name]
         rate = work.tokens / t["median_ms"] * 1e3
         records.append(
             {"way": name, "tokens_per_second": rate, "peak_bytes": peak, **settings, **t}
@@ -280,6 +290,9 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
             f"  {name:8} {t['median_ms']:10.1f} ms ({t['p20_ms']:.1f} to {t['p80_ms']:.1f})  "
             f"{rate:10.0f} tokens/s  {peak / 2**20:9.0f} MiB"
         )
+    for name, reason in reasons.items():
+        records.append({"way": name, "skipped": reason, **settings})
+        print(f"  {name:8} {reason}")
     return records
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.markdown import figures, table
+from bench.markdown import NOTHING, figures, table
 
 Record = dict[str, Any]
 WAYS = {
@@ -25,15 +25,18 @@ def step(records: list[Record]) -> Iterable[str]:
     rows = []
     for case in cases:
         mine = [r for r in records if _case(r) == case]
-        base = mine[0]
+        base = next(r for r in mine if "median_ms" in r)
         for r in mine:
+            head = [f"{r['prompt']:,} + {r['response']:,}", f"{r['active']:.0%}", WAYS[r["way"]]]
+            if "skipped" in r:
+                rows.append([*head, r["skipped"], *[NOTHING] * 4])
+                continue
             rows.append([
-                f"{r['prompt']:,} + {r['response']:,}", f"{r['active']:.0%}", WAYS[r["way"]],
-                figures(r["median_ms"]), figures(r["median_ms"] / base["median_ms"]),
+                *head, figures(r["median_ms"]), figures(r["median_ms"] / base["median_ms"]),
                 f"{r['tokens_per_second']:,.0f}", f"{r['peak_bytes'] / 2**20:,.0f}",
                 figures(r["peak_bytes"] / base["peak_bytes"]),
             ])  # fmt: skip
-    columns = "prompt + response, active, way, ms, x padded, tokens/s, peak MiB, x padded"
+    columns = "prompt + response, active, way, ms, x first, tokens/s, peak MiB, x first"
     micro = {"group": "a group each", "tokens": f"{first['max_tokens']:,} tokens each"}
     return [
         f"One whole update ({first['model']}, {first['groups']} groups of {first['group_size']}, "

@@ -24,4 +24,10 @@ out=bench/results/$name.json
 "$PYTHON" -m bench.bench_logprobs --out "$out"
 "$PYTHON" -m bench.bench_advantages --out "$out"
 "$PYTHON" -m bench.bench_prefix_attention --out "$out"
+# A whole update needs the trainer's packages and torchao, which a bare machine may lack.
+if reason=$("$PYTHON" -c 'import torchao, bench.bench_step' 2>&1); then
+    "$PYTHON" -m bench.bench_step --out "$out"
+else
+    echo "whole updates are not timed: $(tail -n 1 <<<"$reason")" >&2
+fi
 echo "wrote $out"

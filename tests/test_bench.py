@@ -10,6 +10,9 @@ from bench import (
     bench_demo,
     bench_linear_hdpo,
     bench_logprobs,
+    bench_packing,
+    bench_prefix_attention,
+    bench_step,
     harness,
     providers,
     render,
@@ -96,6 +99,18 @@ def test_a_peer_that_gives_logprobs_has_the_gradient_of_grpo(peak):
     [
         (bench_logprobs, ["--tokens", "32", "--vocab", "97"], "logprobs", 3),
         (bench_advantages, ["--rollouts", "32"], "advantages", 1),
+        (
+            bench_prefix_attention,
+            ["--prompt", "32", "--response", "8", "--group-size", "2"],
+            "prefix_attention",
+            8,
+        ),
+        (
+            bench_packing,
+            ["--rollouts", "8", "--group-size", "4", "--tokens", "50", "--prefix", "30"],
+            "packing",
+            1,
+        ),
     ],
 )
 def test_the_other_benchmarks_run_here(module, flags, key, count, tmp_path, monkeypatch):
@@ -105,6 +120,25 @@ def test_the_other_benchmarks_run_here(module, flags, key, count, tmp_path, monk
     entry = json.loads(out.read_text())[key]
     assert len(entry["records"]) >= count and all(r["median_ms"] > 0 for r in entry["records"])
     assert entry["stamp"]["torch"] == torch.__version__
+
+
+def test_an_update_three_ways_has_one_gradient_and_three_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "peak_in_subprocess", lambda *_: 1 << 20)
+    out = tmp_path / "here.json"
+    flags = ["--groups=2", "--group-size=4", "--case=40/16/12/0.5", "--rounds=2"]
+    monkeypatch.setattr("sys.argv", ["bench", *flags, f"--out={out}"])
+    bench_step.main()
+    records = json.loads(out.read_text())["step"]["records"]
+    assert [r["way"] for r in records] == ["padded", "packed", "ours"]
+    assert all(r["tokens_per_second"] > 0 for r in records)
+
+
+def test_ways_that_disagree_are_not_timed(monkeypatch):
+    monkeypatch.setitem(bench_step.WAYS, "packed", lambda work: 1.1 * work.packed())
+    flags = ["--groups=1", "--group-size=2", "--case=40/16/12/1", "--rounds=2"]
+    monkeypatch.setattr("sys.argv", ["bench", *flags])
+    with pytest.raises(SystemExit, match="norms differ"):
+        bench_step.main()
 
 
 def test_results_of_other_benchmarks_stay(tmp_path):

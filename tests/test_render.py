@@ -325,3 +325,22 @@ def test_every_case_with_a_rival_has_a_table_of_everybody(tmp_path):
     write(tmp_path, linear_hdpo=records)
     text = block(tmp_path)
     assert text.count("| torch eager |") == 2 and "in every case" not in text
+
+
+def test_whole_steps_have_a_block_of_their_own(tmp_path):
+    setting = {"model": "tiny", "dtype": "float32", "groups": 4, "group_size": 16}
+    setting |= {"tool_share": 0.3, "max_tokens": 4096, "micro": "group"}
+    setting |= {"prompt": 256, "image": 64, "response": 64, "active": 1.0}
+
+    def way(name, ms, mib):
+        timed = {"way": name, "median_ms": ms, "tokens_per_second": 1e6 / ms}
+        return setting | timed | {"peak_bytes": mib << 20}
+
+    gone = setting | {"way": "packed", "skipped": "out of memory: CUDA"}
+    write(tmp_path, step=[way("padded", 800.0, 240), gone, way("ours", 200.0, 60)])
+    text = render.render(EMPTY + "<!-- steps: words -->\n<!-- /steps -->\n", tmp_path)
+    _, _, *found = rows(text, "One whole update")
+    assert [row[2] for row in found] == list(render.render_steps.WAYS.values())
+    assert found[0][3:] == ["800", "1.00", "1,250", "240", "1.00"]
+    assert found[1][3:] == ["out of memory: CUDA", "–", "–", "–", "–"]
+    assert found[2][3:] == ["200", "0.250", "5,000", "60", "0.250"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,24 @@ def test_adapters_are_summed_over_ranks(tmp_path):
     mine = {n: alone["weights"][n] for n in before}
     for result in in_processes(tmp_path, 2, "lora"):
         assert distance(mine, {n: result["weights"][n] for n in before}, before) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_program_under_torchrun(tmp_path):
+    """Trains, evaluates and saves once; a second run of that name is refused in one sentence."""
+    run = [
+        "-m", "trainer", "rl", f"--runs={tmp_path}", "--name=two", "rl.steps=1", "rl.prompts=2",
+        "rl.group_size=2", "evaluate.questions=8",
+    ]  # fmt: skip
+    done = torchrun(2, *run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["final"]["n"] >= 8
+    assert (tmp_path / "two" / "final" / "config.json").exists()
+    assert done.stdout.count("complete after") == 1
+    again = torchrun(2, *run)
+    assert again.returncode != 0
+    assert again.stderr.count("exists already") == 1
 
 
 def test_a_world_of_one_is_the_identity():
