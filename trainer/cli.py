@@ -244,6 +244,7 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
     if args.seed is not None:
         settings.append(f"seed={args.seed}")
     config = load(args.config, settings)
+    _check_sizes(config)
     _check_model(config)
     world = join()
     folder = _open(args, world)
@@ -281,6 +282,18 @@ def _open(args: argparse.Namespace, world: World) -> Path:
     if isinstance(opened, RunError):
         raise opened
     return opened
+
+
+def _check_sizes(config: Config) -> None:
+    """The longest trajectory must fit into one micro-batch: better said now than after rollouts."""
+    longest = config.rollout.max_tokens
+    for name, section in (("sft", config.sft), ("rl", config.rl)):
+        if section.max_batch_tokens < longest:
+            raise ConfigError(
+                f"rollout.max_tokens is {longest} but {name}.max_batch_tokens is "
+                f"{section.max_batch_tokens}: a trajectory would not fit into one micro-batch; "
+                f"raise {name}.max_batch_tokens or lower rollout.max_tokens"
+            )
 
 
 def _model_path(config: Config) -> str | Path:

@@ -96,6 +96,21 @@ def test_every_rollout_is_kept_and_its_mask_with_it(finished):
     assert shown and all(record["images"] for record in shown)
 
 
+def test_a_trajectory_that_no_micro_batch_could_hold_is_refused_before_any_work(tmp_path):
+    done = metis("rl", "rl.max_batch_tokens=500", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "rollout.max_tokens is 1024 but rl.max_batch_tokens is 500" in done.stderr
+
+
+def test_the_plan_fits_or_says_what_would(tmp_path):
+    fits = ("plan", "--model", "qwen3-0.6b", "--gpu-memory", 80)
+    assert metis(*fits, cwd=tmp_path).returncode == 0
+    done = metis("plan", "--model", "qwen3-vl-8b", "--gpu-memory", 24, cwd=tmp_path)
+    assert done.returncode == 1 and "It does not fit." in done.stdout
+    done = metis("plan", "--model", "no-such-model", cwd=tmp_path)
+    assert done.returncode == 2 and "qwen3-vl-8b" in done.stderr
+
+
 def test_a_run_is_a_function_of_its_seed(finished, tmp_path):
     run, _ = finished
     assert metis("demo", "--seed", 3, *SMALL, cwd=tmp_path).returncode == 0
