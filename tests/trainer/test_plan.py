@@ -242,6 +242,15 @@ def test_operations_of_the_layers_are_those_that_torch_counts():
 # ---- measured ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """torch's CPU kernels take a buffer for every thread, which in a tiny model is a tenth of all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("group", [1, 8])
 @pytest.mark.parametrize("checkpointing", ["none", "layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
