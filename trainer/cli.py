@@ -1,7 +1,7 @@
 """The console command `metis`, and the only place that puts the stages together.
 
 Exit codes: 0 done, 1 the run failed, 2 something that was asked for is wrong (no work was done),
-130 interrupted (what was finished is kept).
+75 the judge is down (saved; run again later), 130 interrupted (what was finished is kept).
 
 Under torchrun every process runs this program; the first one alone writes and speaks.
 """
@@ -21,9 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from trainer import plan as planning
+from trainer import tools_cli
 from trainer.config import Config, ConfigError, load
 from trainer.log import Muted, RunError, RunLog, open_run
 from trainer.parallel import World, join, leave
+from trainer.setup import (
+    check_model,
+    check_sizes,
+    make_grader,
+    make_task,
+    make_toolbox,
+    model_path,
+)
 from trainer.types import TrainingError
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -49,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, RunError, FileNotFoundError) as error:
         return _failed(args, error, WRONG)
     except TrainingError as error:
-        return _failed(args, error, FAILED)
+        return _failed(args, error, getattr(error, "exit_code", FAILED))
 
 
 def _failed(args: argparse.Namespace, error: Exception, code: int) -> int:
@@ -77,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
                 "--overwrite", action="store_true", help="replace the run of that name"
             )
             sub.add_argument(
+                "--unsafe-no-sandbox",
+                action="store_true",
+                help="run the policy's Python with this program's own rights",
+            )
+            sub.add_argument(
                 "settings", nargs="*", metavar="section.key=value", help="e.g. rl.lr=5e-5"
             )
         return sub
@@ -95,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, metavar="RUN")
     planning.add_arguments(
         command("plan", planning.run, "the memory of an update, before it is run", trains=False)
+    )
+    tools_cli.add_arguments(
+        command("tools", tools_cli.run, "serve, try and list the tools", trains=False)
     )
     command("status", _status, "which implementations of the operators run here", trains=False)
     return parser
@@ -122,14 +139,14 @@ class Program:
         from trainer.engines.hf import HFEngine
         from trainer.model import VisionLanguageModel
         from trainer.rollout import Limits, Player
-        from trainer.tasks import load_task
 
         transformers_logging.disable_progress_bar()
         torch.manual_seed(config.seed)
         self.config, self.folder, self.log, self.stopping = config, folder, log, stopping
         self.world = world
-        self.task = load_task(config.task)
-        path = _model_path(config)
+        self.task = make_task(config, log)
+        grader = make_grader(config, folder)
+        path = model_path(config)
         device = config.model.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,8 +165,8 @@ class Program:
         world.shard(self.vlm.model)
         rollout = config.rollout
         limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
-        self.player = Player(self.played, self.task.toolbox(), limits)
-        self.direct_player = Player(self.played, None, limits)
+        self.player = Player(self.played, make_toolbox(config, self.task), limits, grader)
+        self.direct_player = Player(self.played, None, limits, grader)
         self.engine, self.greedy = (
             HFEngine(
                 self.played,
@@ -244,8 +261,12 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
     if args.seed is not None:
         settings.append(f"seed={args.seed}")
     config = load(args.config, settings)
-    _check_sizes(config)
-    _check_model(config)
+    check_sizes(config)
+    check_model(config)
+    if args.unsafe_no_sandbox:
+        from trainer.tools.sandbox import permit_unsafe
+
+        permit_unsafe()
     world = join()
     folder = _open(args, world)
     with RunLog(folder) if world.main else Muted(folder) as log, _stopping(log) as stopping:
@@ -282,31 +303,6 @@ def _open(args: argparse.Namespace, world: World) -> Path:
     if isinstance(opened, RunError):
         raise opened
     return opened
-
-
-def _check_sizes(config: Config) -> None:
-    """The longest trajectory must fit into one micro-batch: better said now than after rollouts."""
-    longest = config.rollout.max_tokens
-    for name, section in (("sft", config.sft), ("rl", config.rl)):
-        if section.max_batch_tokens < longest:
-            raise ConfigError(
-                f"rollout.max_tokens is {longest} but {name}.max_batch_tokens is "
-                f"{section.max_batch_tokens}: a trajectory would not fit into one micro-batch; "
-                f"raise {name}.max_batch_tokens or lower rollout.max_tokens"
-            )
-
-
-def _model_path(config: Config) -> str | Path:
-    from trainer.tasks import load_task
-
-    task = load_task(config.task)
-    return task.base if config.model.path == task.name else config.model.path
-
-
-def _check_model(config: Config) -> None:
-    from trainer.model import check_path
-
-    check_path(_model_path(config))
 
 
 def _versions(config: Config) -> dict[str, Any]:

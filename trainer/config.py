@@ -91,6 +91,58 @@ class OptimizerConfig(Section):
     """Whether the states lie in host memory while the policy plays."""
 
 
+class DataConfig(Section):
+    """Where `task: file` has its questions from; layouts are found out from the columns."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders or patterns of questions: parquet or JSONL."""
+    heldout: tuple[str, ...] | None = None
+    """Questions for evaluation; null: those of `paths` whose id's hash is in the lowest
+    heldout_share, which are then not trained on."""
+    heldout_share: float = Field(0.05, ge=0, lt=1)
+    demonstrations: tuple[str, ...] | None = None
+    """Recorded trajectories for the cold start; their calls are made anew."""
+    layout: str | None = None
+    """null: from the columns."""
+    max_bad: float = Field(0.05, ge=0, le=1)
+    """Share of rows that may be unusable."""
+    check_pixels: bool = False
+    """Whether opening decodes every picture."""
+    ids: Literal["stated", "content"] = "stated"
+    """content: hashes, for files whose ids are not unique."""
+    cache_bytes: int = Field(256 << 20, ge=1)
+
+
+class ToolsConfig(Section):
+    url: str | None = None
+    """A tool server (`metis tools serve`) that plays the tools; null: they run here. Its token is
+    read from METIS_TOOLS_TOKEN."""
+
+
+class JudgeConfig(Section):
+    """An OpenAI-compatible server that is asked where no rule decides whether an answer is right.
+    What it cannot say is unscored, in no channel and in no count, and never 0."""
+
+    base_url: str
+    model: str
+    key_variable: str | None = None
+    """Environment variable that holds the key."""
+    concurrency: int = Field(16, ge=1)
+    timeout: float = Field(60.0, gt=0)
+    images: bool = False
+    max_calls: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_unscored: float = Field(0.1, ge=0, lt=1)
+    """Share of the last `window` answers; past it the run saves and ends with exit code 75."""
+    window: int = Field(100, ge=1)
+    minimum: int = Field(20, ge=1)
+    """Answers before that share is looked at."""
+    audit: float = Field(0.0, ge=0, le=1)
+    """Share of rule-decided answers that the judge is asked about as well, for judge.jsonl; it
+    changes no grade."""
+    cache: str = "runs/judge-cache"
+
+
 class RolloutConfig(Section):
     max_turns: int = Field(4, ge=1)
     """Turns of the policy in a trajectory; one that needs more is truncated."""
@@ -197,14 +249,25 @@ class EvaluateConfig(Section):
 
 
 class Config(Section):
-    task: Literal["glyphs"] = "glyphs"
+    task: Literal["glyphs", "file"] = "glyphs"
+    """glyphs: the demo's world. file: questions from `data`, answers graded by rules and `judge`,
+    and the python tool."""
     seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    judge: JudgeConfig | None = None
+    tools: ToolsConfig = ToolsConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     rollout: RolloutConfig = RolloutConfig()
     sft: SFTConfig = SFTConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.task == "file" and not self.data.paths:
+            raise ValueError("task is file, but data.paths names no file")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

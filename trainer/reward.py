@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal
 
 from trainer.chat import find_answer, is_formatted
+from trainer.grade import Answered, Grader
 from trainer.types import Rollout
 
 MAX_ANSWER = 200
@@ -18,27 +22,54 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
 
 
+_NUMBER = re.compile(r"[-+]?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?")
+"""Commas only where thousands are: "1,2,3" is a list of guesses and not 123."""
+
+
 def matches(answer: str | None, expected: str) -> bool:
-    """Whether an answer is the expected one: equal after `normalise`, or the same number."""
-    if answer is None or not answer or len(answer) > MAX_ANSWER:
+    """Whether an answer is the expected one: equal after `normalise`, or exactly the same number.
+
+    An answer of nothing but spaces and full stops matches nothing, whatever is expected.
+    """
+    if answer is None or len(answer) > MAX_ANSWER:
         return False
     answer, expected = normalise(answer), normalise(expected)
-    if answer == expected:
-        return True
-    number = re.compile(r"[-+]?\d[\d,]*(\.\d+)?")
-    if number.fullmatch(answer) and number.fullmatch(expected):
-        return float(answer.replace(",", "")) == float(expected.replace(",", ""))
+    if not answer or answer == expected:
+        return bool(answer)
+    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(expected):
+        return Decimal(answer.replace(",", "")) == Decimal(expected.replace(",", ""))
     return False
 
 
 def score(rollout: Rollout) -> None:
-    """Fills answer, correct and formatted. A truncated rollout answered nothing.
+    """Fills answer, correct and formatted. A truncated rollout answered nothing, nor did one whose
+    answer is longer than MAX_ANSWER.
 
-    Only turns, which the policy wrote, are read: never an observation (DESIGN: the reference can be
-    made to judge what a tool printed).
+    Of several answers in the last turn the last one counts, alone (`find_answer`), and the format
+    is broken. Only turns, which the policy wrote, are read: never an observation (DESIGN: the
+    reference can be made to judge what a tool printed).
     """
     turns = [turn.text for turn in rollout.turns]
     finished = rollout.status == "ok" and bool(turns)
-    rollout.answer = find_answer(turns[-1]) if finished else None
+    answer = find_answer(turns[-1]) if finished else None
+    short = answer is None or len(answer) <= MAX_ANSWER
+    rollout.answer = answer if short else None
     rollout.correct = matches(rollout.answer, rollout.question.answer)
-    rollout.formatted = finished and is_formatted(turns)
+    rollout.formatted = finished and short and is_formatted(turns)
+
+
+async def grade(rollouts: Sequence[Rollout], grader: Grader) -> None:
+    """Puts a grader's word in place of `matches`, for scored rollouts that ended by themselves.
+    What nobody could judge becomes unscored. Raises JudgeDown, after all are graded."""
+    ended = [rollout for rollout in rollouts if rollout.status == "ok"]
+    items = [
+        Answered(r.question.text, r.question.answer, r.answer, r.question.images, id=r.question.id)
+        for r in ended
+    ]
+    grades = await asyncio.gather(*map(grader.grade, items))
+    for rollout, one in zip(ended, grades, strict=True):
+        rollout.correct = one.correct
+        if not one.scored:
+            rollout.status = "unscored"
+    if grader.judge is not None:
+        grader.judge.check()

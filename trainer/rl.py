@@ -74,6 +74,7 @@ def rl(
             with states_on_host(optimizer, optimizer_config.offload_during_rollouts):
                 rollouts = _play(task, player, engine, config, seed, step, stopping, world)
             played = time.perf_counter()
+            judged = {} if player.grader is None else dict(player.grader.counts)
             generation = {f"generation/{name}": n for name, n in engine.stats().items()}
             advantages = group_advantages(rollouts, config)
             updates = []
@@ -101,6 +102,7 @@ def rl(
                 "rollout_seconds": played - start,
                 "update_seconds": seconds - (played - start),
                 **generation,
+                **{f"graded/{name}": count for name, count in judged.items()},
             }
             log.metrics("rl", step, **values)
             shown = ("reward", "accuracy", "tool_rate", "tokens_per_second")
@@ -136,8 +138,14 @@ def _play(
         for g, question in enumerate(questions)
         for i in range(config.group_size)
     ]
-    mine = world.share(repeated)
-    played = player.play(engine, *zip(*mine, strict=True), stopping=stopping) if mine else []
+    mine, played, failure = world.share(repeated), [], None
+    try:
+        if mine:
+            played = player.play(engine, *zip(*mine, strict=True), stopping=stopping)
+    except TrainingError as error:
+        failure = error
+    if world.any(failure is not None):  # or the others would wait for ever
+        raise failure or TrainingError("another process could not play; its message says why")
     return one_question_a_group(world.gather(played), config.group_size)
 
 

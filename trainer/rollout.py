@@ -9,18 +9,23 @@ loss mask grows together with the ids.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from trainer.chat import CALL_CLOSE, CALL_OPEN, find_call, system_prompt
+from trainer.chat import SpecialTokens, attempts_call, system_prompt
 from trainer.engines.hf import HFEngine, Sampled
+from trainer.grade import Grader
 from trainer.model import VisionLanguageModel
-from trainer.reward import score
+from trainer.reward import grade, score
 from trainer.tools import Toolbox
-from trainer.types import Observation, Question, Rollout, Session, Turn
+from trainer.types import Observation, Question, Rollout, Session, TrainingError, Turn
 
 _SENTINEL = "\u241fturn\u241f"
+CANCEL_SECONDS = 5.0
+"""For what runs in the tools to give way to an interrupt."""
 
 
 class TemplateError(RuntimeError):
@@ -45,25 +50,40 @@ class Script(Protocol):
 
 
 class Player:
-    """Plays questions with one toolbox and one model's chat format."""
+    """Plays questions with one toolbox and one model's chat format.
+
+    Text from outside (questions, what tools say of themselves, observations) cannot be tokenized to
+    a special token: see SpecialTokens. The session of a trajectory is ended when the trajectory is
+    over, once, whatever ends it.
+    """
 
     def __init__(
         self,
         vlm: VisionLanguageModel,
         toolbox: Toolbox | None,
         limits: Limits | None = None,
+        grader: Grader | None = None,
     ):
-        """toolbox: None is a policy without tools, which is told to answer directly."""
+        """toolbox: None is a policy without tools, which is told to answer directly. grader: None
+        is the task's own rule (`reward.matches`)."""
         self.vlm = vlm
+        self.grader = grader
         self.toolbox = toolbox
         self.limits = limits or Limits()
-        self.system = system_prompt(toolbox.schemas() if toolbox else ())
+        self._special = SpecialTokens(vlm.tokenizer)
+        self.system = system_prompt(self._escaped(toolbox.schemas()) if toolbox else ())
         self._loop = asyncio.new_event_loop()
 
     def close(self) -> None:
-        if self.toolbox is not None:
-            self._loop.run_until_complete(self.toolbox.close())
-        self._loop.close()
+        try:
+            if self.toolbox is not None:
+                self._run(self.toolbox.close())
+        finally:
+            left = asyncio.all_tasks(self._loop)  # calls that would not be cancelled
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
 
     def __enter__(self) -> Player:
         return self
@@ -82,7 +102,7 @@ class Player:
         """One scored rollout a question. `stopping` is polled between turns; once it is true,
         KeyboardInterrupt is raised, for a half-played batch is of no use."""
         # A trajectory's KV is held until it ends, so a part is played to its end before the next.
-        size = engine.batch_size(self.limits.max_tokens + self.limits.max_new_tokens)
+        size = engine.batch_size(self.limits.max_tokens)
         rollouts: list[Rollout] = []
         for start in range(0, len(questions), size):
             part = slice(start, start + size)
@@ -97,9 +117,8 @@ class Player:
         stopping: Callable[[], bool],
     ) -> list[Rollout]:
         rollouts = [self._begin(q, seed) for q, seed in zip(questions, seeds, strict=True)]
-        sessions = [self._session(rollout) for rollout in rollouts]
         active = list(range(len(rollouts)))
-        with engine.open() as generation:
+        with self._sessions(rollouts) as sessions, engine.open() as generation:
             for number in range(self.limits.max_turns):
                 if stopping():
                     raise KeyboardInterrupt
@@ -109,17 +128,18 @@ class Player:
                     active,
                     [(rollouts[i].ids, rollouts[i].images) for i in active],
                     [(rollouts[i].seed, number) for i in active],
-                    self.limits.max_new_tokens,
+                    min(self.limits.max_new_tokens, max(self._room(rollouts[i]) for i in active)),
                 )
                 last = number == self.limits.max_turns - 1
                 calls = []
                 for i, sampled in zip(active, turns, strict=True):
                     if self._take(rollouts[i], sampled, last=last):
                         calls.append(i)
-                observed = self._execute([(rollouts[i], sessions[i]) for i in calls])
-                active = [i for i, goes_on in zip(calls, observed, strict=True) if goes_on]
+                active = self._execute(calls, rollouts, sessions)
         for rollout in rollouts:
             score(rollout)
+        if self.grader is not None:
+            self._run(grade(rollouts, self.grader))
         return rollouts
 
     def demonstrate(self, questions: Sequence[Question], scripts: Sequence[Script]):
@@ -128,31 +148,63 @@ class Player:
         logprob is 0 everywhere: nothing was sampled.
         """
         rollouts = [self._begin(question, n) for n, question in enumerate(questions)]
-        sessions = [self._session(rollout) for rollout in rollouts]
         last: dict[int, Observation | None] = dict.fromkeys(range(len(rollouts)))
         active = list(range(len(rollouts)))
-        while active:
-            calls = []
-            for i in active:
-                rollout, ids, policy = rollouts[i], [], []
-                pieces = scripts[i].next_turn(last[i])
-                for text, trained in pieces:
-                    new = self.vlm.encode(text)
-                    ids += new
-                    policy += [trained] * len(new)
-                text = "".join(piece for piece, _ in pieces)
-                stop = "call" if find_call(text) is not None else "answer"
-                self._append(rollout, ids, policy, [0.0] * len(ids))
-                rollout.turns.append(Turn(text))
-                if stop == "call":
-                    calls.append(i)
-            observed = self._execute([(rollouts[i], sessions[i]) for i in calls])
-            active = [i for i, goes_on in zip(calls, observed, strict=True) if goes_on]
-            for i in active:
-                last[i] = rollouts[i].turns[-1].observation
+        with self._sessions(rollouts) as sessions:
+            while active:
+                calls = []
+                for i in active:
+                    text = self._say(rollouts[i], scripts[i].next_turn(last[i]))
+                    if attempts_call(text):
+                        calls.append(i)
+                active = self._execute(calls, rollouts, sessions)
+                for i in active:
+                    last[i] = rollouts[i].turns[-1].observation
         for rollout in rollouts:
             score(rollout)
         return rollouts
+
+    def _say(self, rollout: Rollout, pieces: Sequence[tuple[str, bool]]) -> str:
+        """Appends a turn of a script; its text."""
+        ids, policy = [], []
+        for piece, trained in pieces:
+            new = self.vlm.encode(piece)
+            ids += new
+            policy += [trained] * len(new)
+        self._append(rollout, ids, policy, [0.0] * len(ids))
+        text = "".join(piece for piece, _ in pieces)
+        rollout.turns.append(Turn(text))
+        return text
+
+    # ---- sessions and the loop -------------------------------------------------------------------
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Runs it to its end. What is interrupted is cancelled, and not resumed by a later run."""
+        task = self._loop.create_task(coroutine)
+        try:
+            return self._loop.run_until_complete(task)
+        except BaseException:
+            task.cancel()
+            for _ in range(3):  # a second KeyboardInterrupt may break off the loop again
+                with contextlib.suppress(BaseException):
+                    self._loop.run_until_complete(asyncio.wait({task}, timeout=CANCEL_SECONDS))
+            raise
+
+    @contextmanager
+    def _sessions(self, rollouts: Sequence[Rollout]) -> Iterator[dict[int, Session]]:
+        """The sessions of trajectories by their number, of those that are not over; what is left of
+        them at the end, or at an error, is ended."""
+        # One list of images for both: what a tool shows is what the model sees.
+        sessions = {i: Session(r.images, seed=r.seed) for i, r in enumerate(rollouts)}
+        try:
+            yield sessions
+        finally:
+            self._end(sessions, list(sessions))
+
+    def _end(self, sessions: dict[int, Session], over: Iterable[int]) -> None:
+        ending = [sessions.pop(i) for i in over]
+        if self.toolbox is not None and ending:
+            self._run(_every([self.toolbox.end(session) for session in ending]))
 
     # ---- the conversation ------------------------------------------------------------------------
 
@@ -163,7 +215,7 @@ class Player:
 
     def _opening(self, question: Question) -> list[dict[str, Any]]:
         content = [{"type": "image"} for _ in question.images]
-        content.append({"type": "text", "text": question.text})
+        content.append({"type": "text", "text": self._escaped(question.text)})
         return [
             {"role": "system", "content": self.system},
             {"role": "user", "content": content},
@@ -171,18 +223,32 @@ class Player:
 
     def _begin(self, question: Question, seed: int) -> Rollout:
         ids = self.vlm.encode(self._render(self._opening(question)), question.images)
+        if len(ids) >= self.limits.max_tokens:
+            raise TrainingError(
+                f"question {question.id} takes {len(ids)} tokens with its images, and a trajectory "
+                f"may have {self.limits.max_tokens}: raise rollout.max_tokens, or leave it out"
+            )
         given = [False] * len(ids)
         return Rollout(
             question, seed, ids, given, [0.0] * len(ids), list(question.images), len(ids)
         )
 
-    def _session(self, rollout: Rollout) -> Session:
-        # One list of images for both: what a tool shows is what the model sees.
-        return Session(rollout.images, seed=rollout.seed)
+    def _room(self, rollout: Rollout) -> int:
+        """Tokens that a trajectory may still have."""
+        return self.limits.max_tokens - len(rollout.ids)
+
+    def _escaped(self, value: Any) -> Any:
+        """A JSON value from outside, of whose strings none holds a special token."""
+        if isinstance(value, str):
+            return self._special.escape(value)
+        if isinstance(value, dict):
+            return {self._escaped(key): self._escaped(item) for key, item in value.items()}
+        return [self._escaped(item) for item in value] if isinstance(value, list) else value
 
     def _suffix(self, question: Question, observation: Observation) -> str:
         """What the template puts between the policy's turn and its next one."""
-        content = [{"type": "text", "text": observation.text}] if observation.text else []
+        said = self._escaped(observation.text)
+        content = [{"type": "text", "text": said}] if said else []
         content += [{"type": "image"} for _ in observation.images]
         opening = self._opening(question)
         text = self._render(
@@ -192,13 +258,13 @@ class Player:
                 {"role": "user", "content": content},
             ]
         )
-        before, found, after = text.partition(_SENTINEL)
-        if not found or before != self._render(opening):
+        before = self._render(opening) + _SENTINEL
+        if not text.startswith(before):
             raise TemplateError(
                 "the chat template changes earlier messages when later ones are added; tokens "
                 "cannot be kept as sampled. Use a template that only appends."
             )
-        return after
+        return text[len(before) :]
 
     @staticmethod
     def _append(
@@ -210,34 +276,42 @@ class Player:
         assert len(rollout.ids) == len(rollout.policy) == len(rollout.logprob)
 
     def _take(self, rollout: Rollout, sampled: Sampled, *, last: bool) -> bool:
-        """Appends a sampled turn; true where a call is to be executed."""
+        """Appends a sampled turn, as far as there is room; true where a call is to be executed."""
+        room = self._room(rollout)
+        if len(sampled.ids) > room:
+            sampled = Sampled(sampled.ids[:room], sampled.logprob[:room], "length")
         self._append(rollout, sampled.ids, [True] * len(sampled.ids), sampled.logprob)
         ids = sampled.ids[:-1] if sampled.stop == "end" else sampled.ids
         text = self.vlm.tokenizer.decode(ids)
         rollout.turns.append(Turn(text))
         is_call = sampled.stop == "call"
+        if self.toolbox is not None and sampled.stop != "length":
+            # Also a call that is not closed, whatever ended the turn: errors are not free.
+            is_call = is_call or attempts_call(text)
         rollout.calls += is_call
         if sampled.stop == "length" or (is_call and (last or self.toolbox is None)):
             rollout.status = "truncated"
             return False
         return is_call
 
-    def _execute(self, calls: Sequence[tuple[Rollout, Session]]) -> list[bool]:
-        """Runs the last turn's call of every rollout at once; false where a rollout ends by it."""
-        if not calls:
-            return []
-
-        async def every():
-            return await asyncio.gather(
-                *(self.toolbox.execute(_call_of(r.turns[-1].text), s) for r, s in calls)
-            )
-
-        return [
-            self._observe(rollout, session, *answer)
-            for (rollout, session), answer in zip(
-                calls, self._loop.run_until_complete(every()), strict=True
-            )
+    def _execute(
+        self, calls: Sequence[int], rollouts: Sequence[Rollout], sessions: dict[int, Session]
+    ) -> list[int]:
+        """Runs the last turn's call of these rollouts at once, and ends the sessions of all that
+        are over. Returns which rollouts go on."""
+        texts = [rollouts[i].turns[-1].text for i in calls]
+        executing = [
+            self.toolbox.execute_turn(text, sessions[i])
+            for i, text in zip(calls, texts, strict=True)
         ]
+        answers = self._run(_every(executing)) if calls else []
+        active = [
+            i
+            for i, answer in zip(calls, answers, strict=True)
+            if self._observe(rollouts[i], sessions[i], *answer)
+        ]
+        self._end(sessions, set(sessions) - set(active))
+        return active
 
     def _observe(self, rollout: Rollout, session: Session, call, observation: Observation) -> bool:
         rollout.turns[-1] = Turn(rollout.turns[-1].text, call, observation)
@@ -254,7 +328,13 @@ class Player:
         return True
 
 
-def _call_of(text: str) -> str:
-    """What the policy put into its call; text without an opening tag is a malformed call."""
-    inside = find_call(text)
-    return inside if inside is not None else text.replace(CALL_OPEN, "").replace(CALL_CLOSE, "")
+async def _every(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """All of them at once; where one raises, or this is cancelled, none of them goes on."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from uuid import uuid4
 
 from PIL.Image import Image
 
@@ -71,11 +72,13 @@ class Session:
     seed: int = 0
     calls: int = 0
     """Tool calls made so far, malformed ones included."""
+    id: str = field(default_factory=lambda: uuid4().hex)
+    """Under which a tool keeps what it holds for the trajectory. Never part of an observation."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the policy: its text, the call in it if any, and what came back."""
+    """One turn of the policy: its text, the (first) call in it if any, and what came back."""
 
     text: str
     call: ToolCall | None = None

@@ -244,7 +244,7 @@ def test_operations_of_the_layers_are_those_that_torch_counts():
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """torch's CPU kernels take a buffer for every thread, which in a tiny model is a tenth of all."""
+    """torch's CPU kernels take a buffer for each thread: in a tiny model a tenth of everything."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -20,6 +20,11 @@ from trainer.types import Observation, Question, Rollout, Turn
         ("nan", "nan", True),  # as words, never as numbers
         ("0 1 2 3 4 5 6 7 8 9 " * 20, "7", False),
         ("inf", "7", False),
+        ("1,2,3", "123", False),  # guesses, no thousands
+        ("12,34", "1234", False),
+        ("1,234,567.50", "1234567.5", True),
+        ("10000000000000000001", "10000000000000000002", False),  # equal as floats
+        (".", "", False),
     ],
 )
 def test_matches(answer, expected, same):
@@ -44,6 +49,25 @@ def test_only_the_last_turn_answers():
     rollout = _rollout(early, Turn(turn_text("b", answer="8")))
     score(rollout)
     assert rollout.answer == "8" and not rollout.correct
+
+
+def test_of_several_answers_the_last_counts_and_the_format_is_broken():
+    text = "<reason>a</reason><answer>7</answer><answer>8</answer>"
+    rollout = _rollout(Turn(text))
+    score(rollout)
+    assert (rollout.answer, rollout.correct, rollout.formatted) == ("8", False, False)
+    rollout = _rollout(Turn(text + "<answer>7"))
+    score(rollout)
+    assert (rollout.answer, rollout.correct, rollout.formatted) == ("8", False, False)
+
+
+def test_an_answer_that_is_too_long_is_none():
+    rollout = _rollout(Turn(turn_text("a", answer="7" * 200)))
+    score(rollout)
+    assert rollout.answer == "7" * 200 and rollout.formatted
+    rollout = _rollout(Turn(turn_text("a", answer="7" * 201)))
+    score(rollout)
+    assert rollout.answer is None and not rollout.formatted
 
 
 def test_a_truncated_rollout_answered_nothing():

@@ -1,5 +1,6 @@
 """Trajectories with the demo's base model and its real tools."""
 
+import asyncio
 import contextlib
 import json
 
@@ -12,7 +13,8 @@ from trainer.rollout import Limits, Player, TemplateError
 from trainer.tasks.glyphs import tools
 from trainer.tasks.glyphs.demonstrations import Script
 from trainer.tasks.glyphs.questions import KINDS, draft
-from trainer.types import Observation
+from trainer.tools import Toolbox
+from trainer.types import Observation, Session, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,142 @@ def test_infrastructure_that_fails_leaves_the_rollout_unscored(vlm):
         engine = Scripted(vlm, _call("python", code="1"))
         (rollout,) = player.play(engine, [_question()], [0])
     assert rollout.status == "tool_infra" and not rollout.scored
+
+
+class Ledger:
+    """A tool that keeps account of sessions: which called it, and which were ended how often."""
+
+    name = "python"
+
+    def __init__(self, failure=None):
+        self.failure = failure
+        self.called, self.ended = [], []
+
+    async def call(self, session: Session, code: str) -> Observation:
+        """Run it."""
+        self.called.append(session.id)
+        number = len(self.called)
+        await asyncio.sleep(0.001 * number)
+        if number == 2 and self.failure is not None:
+            raise self.failure
+        return Observation("1")
+
+    async def end(self, session):
+        await asyncio.sleep(0.001)
+        self.ended.append(session.id)
+
+
+def _ledger(failure=None):
+    ledger = Ledger(failure)
+    return ledger, Toolbox([ledger])
+
+
+def test_every_session_is_ended_once_when_its_trajectory_is_over(vlm):
+    ledger, box = _ledger()
+    call = _call("python", code="1")
+    with Player(vlm, box, Limits(max_tokens=4096)) as player:
+        engine = Scripted(vlm, call, ANSWER)
+        player.play(engine, [_question()] * 3, [0, 1, 2])
+        assert len(set(ledger.ended)) == 3 and sorted(ledger.called) == sorted(ledger.ended)
+        player.play(Scripted(vlm, ANSWER), [_question()], [0])
+        player.play(Scripted(vlm, *[call] * 4), [_question()], [0])
+        drafts = [draft("train", n, "sum_easy") for n in range(2)]
+        scripts = [Script(one, np.random.default_rng(0)) for one in drafts]
+        player.demonstrate([one.question for one in drafts], scripts)
+        assert len(set(ledger.ended)) == len(ledger.ended) == 7
+
+
+def test_a_session_is_ended_as_soon_as_its_own_trajectory_is_over(vlm):
+    ledger, box = _ledger()
+    open_while_playing = []
+
+    class Uneven(Scripted):
+        def turn(self, keys, sequences, seeds, max_new_tokens):
+            open_while_playing.append((len(keys), len(ledger.ended)))
+            text, stop = _call("python", code="1")
+            done = self.vlm.tokenizer(ANSWER[0], add_special_tokens=False)["input_ids"]
+            ids = self.vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            first = Sampled(done, [0.0] * len(done), "answer")
+            return [first, *[Sampled(ids, [0.0] * len(ids), stop)] * (len(keys) - 1)]
+
+    with Player(vlm, box, Limits(max_turns=3, max_tokens=4096)) as player:
+        player.play(Uneven(vlm), [_question()] * 3, [0, 1, 2])
+    assert open_while_playing == [(3, 0), (2, 1), (1, 2)]
+    assert len(ledger.ended) == 3
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, SystemError, None])
+def test_sessions_are_ended_when_playing_breaks_off(vlm, failure, monkeypatch):
+    ledger, box = _ledger()
+    call = _call("python", code="1")
+    with Player(vlm, box, Limits(max_tokens=4096)) as player:
+        if failure is None:  # asked to stop between turns
+            polled = iter([False, True])
+            with pytest.raises(KeyboardInterrupt):
+                player.play(
+                    Scripted(vlm, call, call),
+                    [_question()] * 2,
+                    [0, 1],
+                    stopping=lambda: next(polled),
+                )
+        else:
+            engine = Scripted(vlm, call, call)
+            turn = engine.turn
+
+            def breaks(*arguments):
+                if len(engine.turns) == 1:
+                    raise failure
+                return turn(*arguments)
+
+            monkeypatch.setattr(engine, "turn", breaks)
+            with pytest.raises(failure):
+                player.play(engine, [_question()] * 2, [0, 1])
+        assert len(ledger.called) == 2 and sorted(ledger.ended) == sorted(ledger.called)
+
+
+def test_an_interrupt_in_the_middle_of_a_call_ends_all_and_leaves_no_call(vlm):
+    ledger, box = _ledger(KeyboardInterrupt())
+    call = _call("python", code="1")
+    with Player(vlm, box, Limits(max_tokens=4096)) as player:
+        with pytest.raises(KeyboardInterrupt):
+            player.play(Scripted(vlm, call), [_question()] * 4, range(4))
+        assert not asyncio.all_tasks(player._loop)
+        assert len(set(ledger.ended)) == len(ledger.ended) == 4
+        (after,) = player.play(Scripted(vlm, call, ANSWER), [_question()], [0])
+        assert after.status == "ok" and len(ledger.ended) == 5
+
+
+def test_a_script_that_breaks_ends_the_sessions(vlm):
+    class Breaks:
+        def next_turn(self, observation):
+            if observation is not None:
+                raise ZeroDivisionError
+            return [(_call("python", code="1")[0], True)]
+
+    ledger, box = _ledger()
+    with Player(vlm, box, Limits(max_tokens=4096)) as player:
+        with pytest.raises(ZeroDivisionError):
+            player.demonstrate([_question()] * 2, [Breaks(), Breaks()])
+        assert len(set(ledger.ended)) == len(ledger.ended) == 2
+
+
+def test_a_player_without_tools_has_nothing_to_end(vlm):
+    with Player(vlm, None) as player:
+        (rollout,) = player.play(Scripted(vlm, ANSWER), [_question()], [0])
+        (called,) = player.play(Scripted(vlm, _call("python", code="1")), [_question()], [0])
+    assert (rollout.status, called.status, called.calls) == ("ok", "truncated", 1)
+
+
+def test_nothing_of_the_demo_is_escaped(vlm, player):
+    """Its prompts, schemas and observations are encoded as they are written."""
+    assert player._escaped(player.toolbox.schemas()) == player.toolbox.schemas()
+    for kind in KINDS:
+        question = _question(kind)
+        assert player._escaped(question.text) == question.text
+        script = Script(draft("heldout", 0, kind), np.random.default_rng(0))
+        (rollout,) = player.demonstrate([question], [script])
+        said = rollout.turns[0].observation.text
+        assert player._escaped(said) == said
 
 
 def test_limits_truncate(vlm, player):
@@ -226,3 +364,25 @@ def test_demonstrations_train_on_what_the_script_wrote(vlm, player):
 def test_text_and_images_must_agree(vlm):
     with pytest.raises(ValueError, match="1 image placeholders but 0 images"):
         vlm.encode("<|vision_start|><|image_pad|><|vision_end|>")
+
+
+@pytest.mark.parametrize("room", [3, 17])
+def test_no_trajectory_is_longer_than_it_may_be(vlm, room):
+    """Not by a turn either: what is packed must fit."""
+    question = _question()
+    with Player(vlm, None) as player:
+        prompt = player.play(HFEngine(vlm), [question], [0])[0].prompt_length
+    limits = Limits(max_new_tokens=32, max_tokens=prompt + room)
+    with Player(vlm, None, limits) as player:
+        rollouts = player.play(HFEngine(vlm, temperature=3.0), [question] * 8, range(8))
+    assert all(len(rollout.ids) <= prompt + room for rollout in rollouts)
+    full = [rollout for rollout in rollouts if len(rollout.ids) == prompt + room]
+    assert full and any(rollout.status == "truncated" for rollout in full)
+
+
+def test_a_question_that_leaves_no_room_is_refused(vlm):
+    with (
+        Player(vlm, None, Limits(max_tokens=16)) as player,
+        pytest.raises(TrainingError, match="may have 16: raise rollout.max_tokens"),
+    ):
+        player.play(HFEngine(vlm), [_question()], [0])

@@ -271,6 +271,182 @@ def test_cancellation_passes_through():
     asyncio.run(main())
 
 
+# --- Time, second attempts, ends ------------------------------------------------------------------
+
+
+class Slow:
+    """Sleeps; what is set on an instance is what it states of itself."""
+
+    name = "slow"
+
+    def __init__(self, seconds=30.0, **stated):
+        self.seconds = seconds
+        self.cancelled = 0
+        for name, value in stated.items():
+            setattr(self, name, value)
+
+    async def call(self, session: Session) -> Observation:
+        """Wait."""
+        session.images.append(Image.new("RGB", (2, 2)))
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return Observation("done")
+
+
+@pytest.mark.parametrize(
+    ("stated", "limit", "seen"),
+    [
+        ({}, 0.05, ("infra_error", "Error: the tool is unavailable")),
+        ({"call_timeout": 0.05}, 60, ("infra_error", "Error: the tool is unavailable")),
+        (
+            {"call_timeout": 0.05, "timeout_status": "tool_error"},
+            None,
+            ("tool_error", "Error: timed out after 0.05 s"),
+        ),
+    ],
+)
+def test_a_call_that_takes_too_long_is_cancelled(stated, limit, seen):
+    tool, session = Slow(**stated), Session([])
+    observation = execute(Toolbox([tool], call_timeout=limit), "slow", session=session)
+    assert (observation.status, observation.text) == seen
+    assert (tool.cancelled, session.calls, session.images) == (1, 1, [])
+
+
+def test_a_tool_may_bound_its_calls_itself():
+    tool = Slow(0.1, call_timeout=None)
+    assert execute(Toolbox([tool], call_timeout=0.01), "slow").text == "done"
+
+
+def test_a_call_that_ignores_its_cancellation_is_left_behind(monkeypatch):
+    monkeypatch.setattr("trainer.tools.toolbox.CANCEL_SECONDS", 0.05)
+
+    class Deaf(Slow):
+        async def call(self, session: Session) -> Observation:
+            """Wait."""
+            until = asyncio.get_running_loop().time() + 0.5
+            while (left := until - asyncio.get_running_loop().time()) > 0:
+                try:
+                    await asyncio.sleep(left)
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+            raise KeyError("too late to matter")
+
+    async def main():
+        began = asyncio.get_running_loop().time()
+        text = '{"name": "slow", "arguments": {}}'
+        _, observation = await Toolbox([tool]).execute(text, Session([]))
+        assert observation.status == "infra_error"
+        assert asyncio.get_running_loop().time() - began < 0.4
+        await asyncio.sleep(0.6)
+
+    tool = Deaf(call_timeout=0.05)
+    asyncio.run(main())
+    assert tool.cancelled == 1
+
+
+@pytest.mark.parametrize("stated", [{"call_timeout": 0}, {"timeout_status": "ok"}])
+def test_what_a_tool_states_is_checked(stated):
+    with pytest.raises(ValueError, match=next(iter(stated))):
+        Toolbox([Slow(**stated)])
+
+
+def test_settings_out_of_range():
+    for setting in ({"max_calls_per_turn": 0}, {"retries": -1}, {"backoff": -1}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            Toolbox([], **setting)
+
+
+class Flaky:
+    """Fails so often before it works, each time in the given way."""
+
+    name = "flaky"
+
+    def __init__(self, failures, failure, **stated):
+        self.failures, self.failure, self.attempts = failures, failure, 0
+        for name, value in stated.items():
+            setattr(self, name, value)
+
+    async def call(self, session: Session) -> Observation:
+        """Try."""
+        self.attempts += 1
+        session.images.append(Image.new("RGB", (2, 2)))
+        if self.attempts > self.failures:
+            return Observation("at last", (session.images[-1],))
+        if isinstance(self.failure, Observation):
+            return self.failure
+        raise self.failure
+
+
+DOWN = ToolInfraError("down")
+
+
+@pytest.mark.parametrize(
+    ("failures", "failure", "stated", "attempts", "status"),
+    [
+        (2, DOWN, {"idempotent": True}, 3, "ok"),
+        (2, Observation("", status="infra_error"), {"idempotent": True}, 3, "ok"),
+        (3, DOWN, {"idempotent": True}, 3, "infra_error"),
+        (1, DOWN, {}, 1, "infra_error"),
+        (1, DOWN, {"idempotent": False}, 1, "infra_error"),
+        (1, ToolError("no"), {"idempotent": True}, 1, "tool_error"),
+        (1, KeyError("bug"), {"idempotent": True}, 1, "infra_error"),
+    ],
+)
+def test_only_infrastructure_of_idempotent_tools_is_tried_again(
+    failures, failure, stated, attempts, status
+):
+    tool, session = Flaky(failures, failure, **stated), Session([])
+    observation = execute(Toolbox([tool], backoff=0.001), "flaky", session=session)
+    assert (tool.attempts, observation.status, session.calls) == (attempts, status, 1)
+    assert session.images == list(observation.images) and len(session.images) == (status == "ok")
+
+
+def test_ending_a_session_reaches_every_tool_and_never_raises(monkeypatch, caplog):
+    monkeypatch.setattr("trainer.tools.toolbox.END_SECONDS", 0.05)
+    ended = []
+
+    class Ends(Echo):
+        def __init__(self, name, how):
+            self.name, self.how = name, how
+
+        async def end(self, session):
+            ended.append((self.name, session.id))
+            await self.how()
+
+    class Plain(Echo):
+        name = "plain"
+
+        def end(self, session):
+            ended.append(("plain", session.id))
+
+    async def broken():
+        raise KeyError("broken")
+
+    async def hanging():
+        await asyncio.sleep(60)
+
+    async def exiting():
+        raise SystemExit(3)
+
+    tools = [Ends(how.__name__, how) for how in (broken, hanging, exiting)]
+    session = Session([])
+    asyncio.run(Toolbox([*tools, pick, Plain()]).end(session))
+    assert ended == [(name, session.id) for name in ("broken", "hanging", "exiting", "plain")]
+    said = caplog.text
+    assert all(f"tool {name}" in said for name in ("broken", "hanging", "exiting"))
+
+
+def test_sessions_have_ids_of_their_own():
+    ids = {Session([]).id for _ in range(100)}
+    assert len(ids) == 100 and all(len(one) == 32 for one in ids)
+
+
+# --- What comes back ------------------------------------------------------------------------------
+
+
 def test_functions_may_take_the_session_and_return_images():
     @FunctionTool
     def half(session: Session, text: str) -> list:
@@ -326,6 +502,12 @@ def test_closing_closes_every_tool_sync_or_async():
         def close(self):
             closed.append("sync")
 
+    class Broken(Echo):
+        name = "broken"
+
+        def close(self):
+            raise OSError("stuck")
+
     class Async(Echo):
         name = "other"
 
@@ -338,6 +520,9 @@ def test_closing_closes_every_tool_sync_or_async():
 
     asyncio.run(main())
     assert closed == ["sync", "async"]
+    with pytest.raises(OSError, match="stuck"):
+        asyncio.run(Toolbox([Broken(), Async()]).close())
+    assert closed == ["sync", "async", "async"]
     assert spec_of(Sync()).name == "echo"
 
 

@@ -1,10 +1,10 @@
-"""Tasks: where questions, tools and demonstrations come from. One folder a task."""
+"""Tasks: where questions, tools and demonstrations come from. A folder or a file a task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from trainer.rollout import Script
 from trainer.tools import Toolbox
@@ -36,10 +36,17 @@ class Task(Protocol):
         """Questions and the scripts that play them for the cold start."""
 
 
-def load_task(name: str) -> Task:
-    """Raises ValueError for a task that does not exist."""
+def load_task(name: str, **settings: Any) -> Task:
+    """settings: what the task takes; glyphs takes nothing, and file what FileTask takes.
+
+    Raises ValueError for a task that does not exist.
+    """
     if name == "glyphs":
         from trainer.tasks.glyphs import Glyphs
 
-        return Glyphs()
-    raise ValueError(f"there is no task {name!r}; the tasks are: glyphs")
+        return Glyphs(**settings)
+    if name == "file":
+        from trainer.tasks.file import FileTask
+
+        return FileTask(**settings)
+    raise ValueError(f"there is no task {name!r}; the tasks are: glyphs, file")

@@ -1,326 +1,283 @@
-"""The process behind the python tool: it imports once, then forks a child for every call.
+"""The process behind the python tool: it imports once, then forks a child for every call, or one
+for every session.
 
-It is run as a script, by path, with the parent's interpreter, and imports nothing of the trainer.
+It runs inside the sandbox and imports nothing of the trainer beside its two neighbours, which
+`sandbox.boot` hands to it.
 
     trainer --request--> this process --fork--> child: runs the policy's code
-            <--reply---                <--result frame-- (pipe of this call alone)
+            <--reply---                <--result frame-- (pipe of this child alone)
 
 Every message is a frame: PREFIX (lengths of header and body), a JSON header, raw bytes. Nothing is
 pickled. The request comes from the trainer and is trusted; the result frame comes from the
 policy's code: this process only measures it and passes it on, the trainer takes it apart.
+
+A session's child is stopped (SIGSTOP) between its calls and whatever it started is killed, so of
+all code only that of the running call runs: what grows meanwhile is that call's doing.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import ctypes
 import gc
-import io
 import json
-import math
 import os
-import random
 import resource
 import select
-import shutil
 import signal
-import struct
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-# numpy imports its subpackages on first use: 15 ms, in every child again.
 import numpy
-import numpy.fft
-import numpy.linalg
-import numpy.random
 from PIL import Image
 
-PREFIX = struct.Struct(">IQ")
-"""Bytes of header, bytes of body."""
+from trainer.tools import _confine, _processes, _python_child
+from trainer.tools._processes import children, readable, remove, tree
+from trainer.tools._python_child import PREFIX, read_exactly, write_frame
 
-CODE_FILE = "<code>"
-RESULT_FD = 3
+RESULT_FD, REQUEST_FD = 3, 4
 OPEN_FILES = 64
-SLACK = 64 << 20
-"""Bytes of address space kept back, so that a MemoryError can still be reported."""
+INODES = 20_000
+"""Files and directories that a session may have: each takes a kilobyte of the kernel's memory."""
+DEPTH = 64
+"""Levels of directories that are looked into; deeper ones are too many files."""
+TICK = 0.05
+"""Seconds between two looks at what a call uses in total."""
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
-# Taken now: the policy's code runs in a copy of this very module's process, and may rebind them.
-_exit, _getpid = os._exit, os.getpid
-
-
-# --- Frames ---------------------------------------------------------------------------------------
-
-
-def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+# Taken now: a child runs the policy's code in a copy of this very process.
+_exit = os._exit
 
 
-def read_exactly(fd: int, size: int) -> bytearray:
-    """Raises EOFError where the other side has gone."""
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = os.readv(fd, [view])
-        if not count:
-            raise EOFError
-        view = view[count:]
-    return data
+@dataclass
+class Child:
+    pid: int
+    process: int
+    """A pidfd: readable once the process has ended."""
+    result: int
+    requests: int
+    """Where a session's calls are sent; -1 for a child that has one call."""
+    directory: str
+    images: list[int] = field(default_factory=list)
+    """Keys of the images that it has."""
+    disk: int = 0
+    inodes: int = 0
 
 
-def write_frame(fd: int, header: dict[str, Any], body: bytes | bytearray = b"") -> None:
-    encoded = json.dumps(header).encode()
-    write_all(fd, PREFIX.pack(len(encoded), len(body)) + encoded)
-    write_all(fd, body)
+class Zygote:
+    def __init__(self, config: dict[str, Any], root: str, requests: int):
+        self.config = config
+        self.root = root
+        self.requests = requests
+        self.held: dict[int, Image.Image] = {}
+        self.sessions: dict[str, Child] = {}
+        self.number = 0
+        self.stack = _processes.stat(os.getpid())[25]
+        self.allowed = [(path, rights) for path, rights in config["allowed"]]
 
+    # --- Requests ---
 
-# --- The child: one call --------------------------------------------------------------------------
+    def serve(self, header: dict[str, Any], body: bytearray, replies: int) -> None:
+        for key in header["end"]:
+            self.finish(key)
+        images = self.take_images(header, body)
+        if header["code"] is None:
+            write_frame(replies, {"ended": "none", "signal": 0, "fresh": False})
+        elif header["session"] is None:
+            self.serve_once(header, images, replies)
+        else:
+            self.serve_session(header["session"], header, images, replies)
 
+    def take_images(self, header: dict[str, Any], body: bytearray) -> dict[int, Image.Image]:
+        """The images of a request: [key] is an image held from an earlier one, and
+        [key, mode, width, height] a new one, its raw pixels next in the body. The trainer says
+        what to forget: it keeps the same account."""
+        for key in header["forget"]:
+            del self.held[key]
+        start = 0
+        for key, *new in header["images"]:
+            if new:
+                mode, width, height = new
+                size = width * height * len(mode)  # L, RGB, RGBA: a byte for each letter
+                pixels = memoryview(body)[start : start + size]
+                self.held[key] = Image.frombytes(mode, (width, height), pixels)
+                start += size
+        return {key: self.held[key] for key, *_ in header["images"]}
 
-class Screen(io.TextIOBase):
-    """What the code prints and shows, as far as the limits go. Past them it only counts."""
-
-    encoding = "utf-8"
-
-    def __init__(self, limits: dict[str, Any]):
-        self.limits = limits
-        self.texts: list[str] = []
-        self.room = limits["text"]
-        self.cut = 0
-        self.images: list[Image.Image] = []
-        self.dropped = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """Stays open: code that closes its stdout has not lost what it prints afterwards."""
-
-    def write(self, text: str) -> int:
-        if not isinstance(text, str):
-            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        length = len(text)
-        kept = min(length, self.room)
-        if kept:
-            self.texts.append(text[:kept])
-            self.room -= kept
-        self.cut += length - kept
-        return length
-
-    def display(self, *values: Any) -> None:
-        """Show values as a notebook does: images as images, the rest by its repr."""
-        for value in values:
-            if not isinstance(value, Image.Image):
-                self.write(repr(value) + "\n")
-            elif len(self.images) == self.limits["images"]:
-                self.dropped += 1
-            elif 0 in value.size:
-                self.write(f"[image of {value.width}x{value.height} pixels not shown]\n")
-            else:
-                self.images.append(self.snapshot(value))
-
-    def snapshot(self, image: Image.Image) -> Image.Image:
-        """An RGB copy, scaled down to the limit: the code may go on drawing in the original."""
-        area, limit = image.width * image.height, self.limits["pixels"]
-        if area <= limit:
-            return image.copy() if image.mode == "RGB" else image.convert("RGB")
-        scale = math.sqrt(limit / area)
-        size = [max(1, min(limit, int(side * scale))) for side in image.size]
-        # A strip of one pixel cannot shrink both ways.
-        size = [min(side, limit // min(size)) for side in size]
-        self.write(f"[image scaled from {image.width}x{image.height} to {size[0]}x{size[1]}]\n")
-        return image.convert("RGB").resize((size[0], size[1]))
-
-
-def run(code: str, scope: dict[str, Any], screen: Screen) -> str | None:
-    """Run the code with the value of a last expression displayed. Returns the error, or None."""
-    try:
-        tree = compile(code, CODE_FILE, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, CODE_FILE, "exec", dont_inherit=True), scope)
-        if last is not None:
-            expression = ast.Expression(last.value)
-            value = eval(compile(expression, CODE_FILE, "eval", dont_inherit=True), scope)
-            if value is not None:
-                screen.display(value)
-    except BaseException as error:  # SystemExit, KeyboardInterrupt: all are the code's own
-        with contextlib.suppress(OSError, ValueError):
-            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        return describe(error)
-    return None
-
-
-def describe(error: BaseException) -> str | None:
-    """'ZeroDivisionError: division by zero (line 3)'; None for an exit without an error."""
-    if isinstance(error, SystemExit) and error.code in (None, 0):
-        return None
-    line = error.lineno if isinstance(error, SyntaxError) else None
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == CODE_FILE:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    try:
-        message = error.msg if isinstance(error, SyntaxError) else str(error)
-    except Exception:  # the code may define an exception that cannot be printed
-        message = "<exception str() failed>"
-    name = type(error).__name__
-    text = f"{name}: {message}" if message else name
-    text = text if len(text) <= 1000 else text[:1000] + "..."
-    return text if line is None else f"{text} (line {line})"
-
-
-def confine(limits: dict[str, Any], base: int) -> None:
-    """Bound what this process may use. base: bytes of address space in use before the code."""
-    seconds = math.ceil(limits["seconds"]) + 1
-    memory = base + limits["memory"]
-    bounds = {
-        resource.RLIMIT_CPU: (seconds, seconds + 1),
-        resource.RLIMIT_AS: (memory, memory + SLACK),
-        resource.RLIMIT_FSIZE: (limits["file"], limits["file"]),
-        resource.RLIMIT_CORE: (0, 0),
-    }
-    for name, (soft, hard) in bounds.items():
-        ceiling = resource.getrlimit(name)[1]
-        if ceiling != resource.RLIM_INFINITY:
-            soft, hard = min(soft, ceiling), min(hard, ceiling)
-        resource.setrlimit(name, (soft, hard))
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, the kernel shall not take the trainer
-
-
-def child(
-    header: dict[str, Any], images: dict[str, Image.Image], limits: dict[str, Any], base: int
-) -> None:
-    """Run one call and write its result frame. Its fds are 0-2 (null) and RESULT_FD."""
-    me = _getpid()
-    screen = Screen(limits)
-    random.seed(header["seed"])
-    confine(limits, base)
-    result = answer(header["code"], images, screen)
-    if _getpid() == me:
-        # Else a fork of the code fell through to here: only the first process answers.
-        write_frame(RESULT_FD, *result)
-
-
-def answer(
-    code: str, images: dict[str, Image.Image], screen: Screen
-) -> tuple[dict[str, Any], bytes]:
-    """Run the code with what it finds in scope. Returns header and body of the result frame."""
-    scope = {"__name__": "__main__", "Image": Image, "np": numpy, "math": math}
-    scope |= {"display": screen.display, "show": screen.display} | images
-    Image.Image.show = lambda self, *_, **__: screen.display(self)  # type: ignore[method-assign]
-    stdout, stderr = sys.stdout, sys.stderr
-    sys.stdout = sys.stderr = screen
-    error = run(code, scope, screen)
-    sys.stdout, sys.stderr = stdout, stderr
-    result = {
-        "text": "".join(screen.texts),
-        "cut": screen.cut,
-        "error": error,
-        "images": [image.size for image in screen.images],
-        "dropped": screen.dropped,
-    }
-    return result, b"".join(image.tobytes() for image in screen.images)
-
-
-# --- The zygote: the calls one after another ------------------------------------------------------
-
-
-def take_images(
-    header: dict[str, Any], body: bytearray, held: dict[int, Image.Image]
-) -> dict[str, Image.Image]:
-    """image_1, image_2, ... of a request: [key] is an image held from an earlier one, and
-    [key, mode, width, height] a new one, its raw pixels next in the body. The trainer says what
-    to forget: it keeps the same account."""
-    for key in header["forget"]:
-        del held[key]
-    start = 0
-    for key, *new in header["images"]:
-        if new:
-            mode, width, height = new
-            size = width * height * len(mode)  # L, RGB, RGBA: a byte for each letter
-            pixels = memoryview(body)[start : start + size]
-            held[key] = Image.frombytes(mode, (width, height), pixels)
-            start += size
-    return {f"image_{n}": held[key] for n, (key, *_) in enumerate(header["images"], 1)}
-
-
-def serve(
-    header: dict[str, Any],
-    body: bytearray,
-    limits: dict[str, Any],
-    held: dict[int, Image.Image],
-    requests: int,
-    directory: str,
-) -> tuple[dict[str, Any], bytes | bytearray]:
-    """Fork, wait for the result, kill whatever is left. Returns the reply's header and body."""
-    os.mkdir(directory)
-    # Whatever can be done before the fork is: a page first written to in the child costs 3 us.
-    images = take_images(header, body, held)
-    numpy.random.seed(header["seed"])
-    with open("/proc/self/statm") as file:
-        base = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    def serve_once(self, header: dict[str, Any], images: dict[int, Image.Image], replies: int):
+        child = self.spawn(header, images, session=False)
         try:
-            os.setsid()
-            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.chdir(directory)
-            os.dup2(0, 2)
-            os.dup2(write_end, RESULT_FD)
-            os.closerange(RESULT_FD + 1, OPEN_FILES)
-            child(header, images, limits, base)
+            ended, frame = self.watch(child, memoryview(b""))
         finally:
-            # Also on an exception: a forked child must never return into the zygote's loop.
-            _exit(0)
-    os.close(write_end)
-    try:
-        ended, frame = watch(pid, read_end, limits, requests)
-    finally:
-        os.close(read_end)
-        status = end(pid)
-    try:
-        os.rmdir(directory)
-    except OSError:
-        # Deep trees and odd modes may defeat this; the next call has a directory of its own.
-        with contextlib.suppress(OSError, RecursionError):
-            shutil.rmtree(directory)
-    died = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    return {"ended": ended, "signal": died}, frame
+            died = self.end(child)
+        write_frame(replies, {"ended": ended, "signal": died, "fresh": True}, frame)
 
+    def serve_session(
+        self, key: str, header: dict[str, Any], images: dict[int, Image.Image], replies: int
+    ) -> None:
+        child = self.sessions.get(key)
+        if child is not None and readable(child.process, child.result):
+            # It has ended meanwhile, or has written what nobody asked for.
+            self.finish(key)
+            child = None
+        fresh = child is None
+        if fresh:
+            child = self.sessions[key] = self.spawn(header, images, session=True)
+            child.images = [key for key, *_ in header["images"]]
+        # The order of a session's images is that of the request: a prefix of them it has already.
+        keys = [key for key, *_ in header["images"]]
+        keep = 0
+        while keep < min(len(keys), len(child.images)) and keys[keep] == child.images[keep]:
+            keep += 1
+        new = [images[key] for key in keys[keep:]]
+        child.images = keys
+        call = {
+            "code": header["code"],
+            "seed": header["seed"] if fresh else None,
+            "keep": keep,
+            "new": [(image.mode, *image.size) for image in new],
+        }
+        encoded = json.dumps(call).encode()
+        pixels = b"".join(image.tobytes() for image in new)
+        request = PREFIX.pack(len(encoded), len(pixels)) + encoded + pixels
+        if not fresh:
+            os.kill(child.pid, signal.SIGCONT)
+        ended, frame = self.watch(child, memoryview(request))
+        if ended != "result":
+            died = self.finish(key)
+            write_frame(replies, {"ended": ended, "signal": died, "fresh": fresh}, frame)
+            return
+        write_frame(replies, {"ended": ended, "signal": 0, "fresh": fresh}, frame)
+        if not self.settle(child):
+            self.finish(key)
 
-def watch(
-    pid: int, result: int, limits: dict[str, Any], requests: int
-) -> tuple[str, bytes | bytearray]:
-    """Wait for one result frame. Returns how the wait ended ("result", "timeout", "died",
-    "malformed") and the frame. Exits where the trainer has gone."""
-    deadline = time.monotonic() + limits["seconds"]
-    process = os.pidfd_open(pid)
-    poll = select.poll()
-    poll.register(result, select.POLLIN)
-    poll.register(process, select.POLLIN)
-    poll.register(requests, 0)  # POLLHUP comes unasked
-    frame, size = bytearray(), PREFIX.size
-    try:
+    def finish(self, key: str) -> int:
+        """End a session, if there is one. The signal that its child died of."""
+        child = self.sessions.pop(key, None)
+        return 0 if child is None else self.end(child)
+
+    # --- Children ---
+
+    def spawn(self, header: dict[str, Any], images: dict[int, Image.Image], session: bool) -> Child:
+        self.number += 1
+        directory = os.path.join(self.root, f"call{self.number}")
+        os.mkdir(directory, 0o700)
+        # Whatever can be done before the fork is: a page first written to in the child costs 3 us.
+        numpy.random.seed(header["seed"])
+        with open("/proc/self/statm") as file:
+            base = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        named = {f"image_{n}": images[key] for n, (key, *_) in enumerate(header["images"], 1)}
+        pipes = list(os.pipe())
+        if session:
+            pipes += os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self.child(directory, base, header, named, pipes)
+            finally:
+                # Also on an exception: a forked child must never return into the zygote's loop.
+                _exit(0)
+        os.close(pipes[1])
+        requests = -1
+        if session:
+            os.close(pipes[2])
+            requests = pipes[3]
+            os.set_blocking(requests, False)
+        return Child(pid, os.pidfd_open(pid), pipes[0], requests, directory)
+
+    def child(
+        self,
+        directory: str,
+        base: int,
+        header: dict[str, Any],
+        images: dict[str, Image.Image],
+        pipes: list[int],
+    ) -> None:
+        """In the child: let go of all that is the zygote's, then run code."""
+        config = self.config
+        os.setsid()
+        os.chdir(directory)
+        os.environ["HOME"] = os.environ["TMPDIR"] = directory
+        for name in ("PWD", "MPLCONFIGDIR"):
+            os.environ.pop(name, None)
+        os.dup2(0, 2)
+        os.dup2(pipes[1], RESULT_FD)  # the pipes have higher numbers: 3 and 4 were the zygote's
+        if len(pipes) == 4:
+            os.dup2(pipes[2], REQUEST_FD)
+        os.closerange(REQUEST_FD + (len(pipes) == 4), config["files"])
+        self.confine(directory, base)
+        if len(pipes) == 4:
+            _python_child.session(images, config, base, REQUEST_FD, RESULT_FD)
+        else:
+            _python_child.once(header, images, config, base, RESULT_FD)
+
+    def confine(self, directory: str, base: int) -> None:
+        """In the child: what the policy's code may do. Nothing of it can be taken back."""
+        config = self.config
+        _confine.prctl(_confine.PR_SET_DUMPABLE, 1)
+        _confine.prctl(_confine.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _confine.prctl(_confine.PR_SET_CHILD_SUBREAPER, 1)
+        _confine.first_to_go()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        memory = base + config["memory"]
+        bounds = {
+            resource.RLIMIT_AS: (memory, memory + _python_child.SLACK),
+            resource.RLIMIT_FSIZE: (config["file"], config["file"]),
+            resource.RLIMIT_NOFILE: (OPEN_FILES, OPEN_FILES),
+            resource.RLIMIT_CORE: (0, 0),
+            resource.RLIMIT_MEMLOCK: (0, 0),
+        }
+        if config["own_uid"]:
+            # Counted over all that the worker runs: its sessions' children, too.
+            count = config["processes"] + config["sessions"] + 8
+            bounds[resource.RLIMIT_NPROC] = (count, count)
+        _confine.limit(bounds)
+        if config["landlock"]:
+            own = [(directory, _confine.OWN), (f"/proc/{os.getpid()}", _confine.READ)]
+            _confine.landlock([*self.allowed, *own], config["landlock"])
+        if config["seccomp"]:
+            only = os.getpid() if config["signals"] else None
+            _confine.seccomp(_confine.guard_filter(only=only))
+
+    def watch(self, child: Child, request: memoryview) -> tuple[str, bytes | bytearray]:
+        """Send the request and wait for one result frame. Returns how the wait ended ("result",
+        "timeout", "died", "malformed", "memory", "processes", "disk") and the frame. Exits where
+        the trainer has gone."""
+        limits = self.config
+        now = time.monotonic()
+        deadline, tick = now + limits["seconds"], now + TICK
+        before = self.disk(child)
+        poll = select.poll()
+        poll.register(child.result, select.POLLIN)
+        poll.register(child.process, select.POLLIN)
+        poll.register(self.requests, 0)  # POLLHUP comes unasked
+        if request:
+            poll.register(child.requests, select.POLLOUT)
+        frame, size = bytearray(), PREFIX.size
         while len(frame) < size:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            now = time.monotonic()
+            if now >= deadline:
                 return "timeout", b""
-            ready = {fd for fd, _ in poll.poll(remaining * 1000)}
-            if requests in ready:
-                end(pid)
-                leave()
-            if result in ready:
+            if now >= tick:
+                excess = self.excess(child, before)
+                if excess:
+                    return excess, b""
+                tick = time.monotonic() + TICK
+            ready = {fd for fd, _ in poll.poll(max(0.0, min(deadline, tick) - now) * 1000 + 0.1)}
+            if self.requests in ready:
+                self.leave()
+            if child.requests in ready:
+                try:
+                    request = request[os.write(child.requests, request[: 1 << 20]) :]
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    return "died", b""  # it has closed its end: nothing can be asked any more
+                if not request:
+                    poll.unregister(child.requests)
+            if child.result in ready:
                 # Never past this frame: who else holds the pipe may write what he likes.
-                chunk = os.read(result, min(size - len(frame), 1 << 20))
+                chunk = os.read(child.result, min(size - len(frame), 1 << 20))
                 if not chunk:
                     return "died", b""
                 frame += chunk
@@ -329,95 +286,187 @@ def watch(
                     if head > limits["header"] or tail > limits["body"]:
                         return "malformed", b""
                     size += head + tail
-            elif process in ready:
+            elif child.process in ready:
                 return "died", b""  # and nothing left in the pipe
+        used = self.disk(child)
+        child.disk = max(0, child.disk + used[0] - before[0])
+        child.inodes = max(0, child.inodes + used[1] - before[1])
         return "result", frame
-    finally:
-        os.close(process)
 
+    def excess(self, child: Child, before: tuple[int, int]) -> str:
+        """What the call has too much of, in all its processes; "" for nothing."""
+        count = memory = 0
+        base = None
+        for pid in tree(child.pid):
+            try:
+                stat = _processes.stat(pid)
+                resident = _processes.resident(pid)
+            except (OSError, IndexError, ValueError):
+                continue  # it has just ended
+            if stat[0] == "Z":
+                count += 1
+                continue
+            count += int(stat[17])  # threads
+            if stat[25] == self.stack:
+                # A fork, which shares the zygote's pages; what it has of its own comes on top.
+                # Another program has another stack; nobody else can claim this address.
+                base = _processes.resident(os.getpid()) if base is None else base
+                resident = max(0, resident - base)
+            memory += resident
+        if count > self.config["processes"]:
+            return "processes"
+        if memory > self.config["memory"] + _python_child.SLACK:
+            return "memory"
+        disk, inodes = self.disk(child)
+        if child.disk + disk - before[0] > self.config["disk"]:
+            return "disk"
+        if child.inodes + inodes - before[1] > INODES:
+            return "disk"
+        return ""
 
-def end(pid: int) -> int:
-    """Kill the call's process group and every descendant that left it. Returns the exit status
-    of `pid`. Exits, for the trainer to start anew, where they cannot be killed in time."""
-    for kill in (os.killpg, os.kill):
+    def disk(self, child: Child) -> tuple[int, int]:
+        """Bytes and files in use: of the worker's own file system, which only the running call
+        can change; where it has none, of what lies in the call's directory."""
+        if self.config["own_disk"]:
+            stat = os.statvfs(self.root)
+            return (stat.f_blocks - stat.f_bfree) * stat.f_frsize, stat.f_files - stat.f_ffree
+        size = count = 0
+        folders = [(child.directory, 0)]
+        with contextlib.suppress(OSError):
+            while folders and count <= INODES:
+                folder, depth = folders.pop()
+                if depth > DEPTH:
+                    return size, 2 * INODES
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        count += 1
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append((entry.path, depth + 1))
+                        else:
+                            size += 512 * entry.stat(follow_symlinks=False).st_blocks
+        return size, count
+
+    def settle(self, child: Child) -> bool:
+        """Stop a session's child until its next call, and kill what it has started. False where
+        that fails in time."""
         with contextlib.suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    # As the subreaper this process inherits every orphan, so no descendant gets out of sight.
-    give_up = time.monotonic() + 2
-    while True:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                if time.monotonic() > give_up:
-                    sys.exit("descendants of a call cannot be killed")
-                for orphan in children():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(orphan, signal.SIGKILL)
-                time.sleep(0.001)
-        except ChildProcessError:
-            return status
+            os.kill(child.pid, signal.SIGSTOP)
+        give_up = time.monotonic() + 1
+        stopped = False
+        while time.monotonic() < give_up:
+            if not stopped:
+                pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
+                if pid and not os.WIFSTOPPED(status):
+                    child.pid = -abs(child.pid)  # it has ended, and is reaped: see `end`
+                    return False
+                stopped = bool(pid)
+            alive = []
+            for pid in tree(child.pid)[1:]:
+                with contextlib.suppress(OSError, IndexError):
+                    if _processes.stat(pid)[0] != "Z":
+                        alive.append(pid)
+                        os.kill(pid, signal.SIGKILL)
+            if stopped and not alive:
+                return True
+            time.sleep(0.0002)
+        return False
+
+    def end(self, child: Child) -> int:
+        """Kill a child's process group and every descendant, and remove its directory. Returns
+        the signal that it died of. Exits, for the trainer to start anew, where they cannot be
+        killed in time."""
+        status = 0
+        if child.pid > 0:
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(child.pid, signal.SIGKILL)
+            status = os.waitpid(child.pid, 0)[1]
+        for fd in (child.process, child.result, child.requests):
+            if fd >= 0:
+                os.close(fd)
+        # As the subreaper this process inherits every orphan, so no descendant gets out of sight.
+        keep = {other.pid for other in self.sessions.values()} - {child.pid}
+        give_up = time.monotonic() + 2
+        while self.orphans(keep):
+            if time.monotonic() > give_up:
+                sys.exit("descendants of a call cannot be killed")
+            time.sleep(0.001)
+        with contextlib.suppress(OSError):  # a later call has a directory of its own
+            remove(child.directory)
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+    def orphans(self, keep: set[int]) -> bool:
+        """Kill, and reap, every child but `keep`. Whether there may be more."""
+        if not keep:
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0]:
+                    return True
+            except ChildProcessError:
+                return False
+        found = [pid for pid in children(os.getpid()) if pid not in keep]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        return bool(found)
+
+    def leave(self) -> NoReturn:
+        """The trainer has gone: nobody is left to answer."""
+        for child in self.sessions.values():
+            with contextlib.suppress(OSError):
+                os.kill(child.pid, signal.SIGKILL)
+        for pid in children(os.getpid()):
+            for member in tree(pid):
+                with contextlib.suppress(OSError):
+                    os.kill(member, signal.SIGKILL)
+        _exit(0)
 
 
-def children() -> list[int]:
-    """The ids of this process's children, from /proc: there is no other list of them."""
-    found = []
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-            if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
-                found.append(int(name))
-    return found
-
-
-def leave() -> NoReturn:
-    """The trainer has gone: nobody is left to answer."""
-    _exit(0)
-
-
-def rehearse(limits: dict[str, Any]) -> None:
-    """Run what every child runs, so that caches and specialised bytecode are shared, not copied."""
-    Image.preinit()
-    header = {"forget": [], "images": [(0, "RGB", 8, 8)]}
-    for _ in range(20):
-        images = take_images(header, bytearray(192), {})
-        result, _ = answer("print(image_1.crop((0, 0, 4, 4)))\nimage_1", images, Screen(limits))
-        json.dumps(result)
+# --- Start ----------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Answer requests on stdin, one at a time, on stdout, until the trainer goes."""
-    limits = json.loads(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    config = json.loads(sys.argv[1])
+    root = os.getcwd()
     requests, replies = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)  # stderr remains the log: this process writes there only when it breaks
     os.close(null)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _confine.limit({resource.RLIMIT_NOFILE: (config["files"], config["files"])})
+    _confine.prctl(_confine.PR_SET_CHILD_SUBREAPER, 1)
+    if os.getpid() == 1:
+        # The first process of a namespace gets only those signals that it asks for.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if config["confined"]:
+        _confine.prctl(_confine.PR_SET_NO_NEW_PRIVS, 1)
+        _confine.prctl(_confine.PR_SET_DUMPABLE, 0)  # its memory is nobody's to read
+    if config["landlock"]:
+        mine = [(root, _confine.OWN), ("/proc", _confine.READ | _confine.WRITE_FILE)]
+        allowed = [(path, rights) for path, rights in config["allowed"]]
+        _confine.landlock([*allowed, *mine], config["landlock"])
+    if config["seccomp"]:
+        _confine.seccomp(_confine.seccomp_filter())
     trainer = os.getppid()
-    rehearse(limits)
+    _python_child.rehearse(config)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, the pages that all children share
-    write_frame(replies, {"ended": "ready"})
+    zygote = Zygote(config, root, requests)
+    write_frame(replies, {"ended": "ready", "uid": os.getuid()})
     poll = select.poll()
     poll.register(requests, select.POLLIN)
-    root, number, held = os.getcwd(), 0, {}
     while True:
         # No PDEATHSIG here: it follows the *thread* that started this process, which may end long
         # before the trainer. The pipe tells, and the parent's id where a fork still holds the pipe.
         while not poll.poll(2000):
             if os.getppid() != trainer:
-                leave()
+                zygote.leave()
         try:
             head, tail = PREFIX.unpack(read_exactly(requests, PREFIX.size))
             header = json.loads(read_exactly(requests, head))
             body = read_exactly(requests, tail)
-            number += 1
-            directory = os.path.join(root, f"call{number}")
-            reply, frame = serve(header, body, limits, held, requests, directory)
-            write_frame(replies, reply, frame)
+            zygote.serve(header, body, replies)
         except (EOFError, BrokenPipeError):
-            leave()
-
-
-if __name__ == "__main__":
-    main()
+            zygote.leave()

@@ -17,6 +17,7 @@ The docstring is what the policy reads. `FunctionTool` makes a tool of a plain t
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import json
 import re
@@ -47,8 +48,15 @@ class ToolInfraError(Exception):
 class Tool(Protocol):
     """A tool names its arguments as typed parameters of `call`, after the session.
 
-    A tool may also have `close()`, plain or async, which its toolbox calls once; and `spec`, a
-    ToolSpec, where the schema comes from elsewhere (a server) and not from the signature.
+    A tool may also have
+
+    close()         plain or async: its toolbox calls it once, at the end
+    end(session)    likewise, once for every trajectory that is over: frees what it holds for it
+    spec            a ToolSpec, where the schema comes from elsewhere (a server)
+    call_timeout    seconds of wall clock after which the toolbox cancels a call, queueing included;
+                    None: the tool bounds its calls itself. Without it the toolbox's own holds
+    timeout_status  "tool_error" where a call that slow is the policy's fault; else "infra_error"
+    idempotent      True: a call that failed with ToolInfraError may be made again
     """
 
     name: str
@@ -226,7 +234,14 @@ def _explain(error: ValidationError, tool: str, known: list[str]) -> str:
     if first["type"] == "missing":
         return f"missing argument {path!r}; {takes}"
     if first["type"] == "extra_forbidden":
-        return f"unknown argument {path!r}; {takes}"
+        return f"unknown argument {path!r}{nearest(path, known)}; {takes}"
     given = type(first["input"]).__name__
     problem = first["msg"][:1].lower() + first["msg"][1:200]
     return f"argument {path!r}: {problem}, got {given}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'python'?)" for a slip of the pen, else ""."""
+    by_folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name[:64].casefold(), by_folded, n=1)
+    return f" (did you mean {by_folded[close[0]]!r}?)" if close else ""

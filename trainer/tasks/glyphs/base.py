@@ -143,6 +143,7 @@ async def _texts(toolbox: Toolbox, count: int) -> list[str]:
                     break
                 _, observation = await toolbox.execute(call, session)
                 texts.append(observation.text)
+            await toolbox.end(session)
             texts += [text for turn in lesson_turns(rng)[1] for text in turn]
     special = re.compile("|".join(map(re.escape, SPECIAL)))
     return [piece for text in texts for piece in special.split(text)]

@@ -32,6 +32,12 @@ class Unreliable:
         self.failures = failures
         self.distractions = distractions
 
+    def __getattr__(self, name: str):
+        """What else a toolbox asks of a tool, its limits or what ends a session, is the tool's."""
+        if name == "tool":  # not there yet: while it is copied, for example
+            raise AttributeError(name)
+        return getattr(self.tool, name)
+
     async def call(self, session: Session, **arguments) -> Observation:
         rng = np.random.default_rng([session.seed, session.calls])
         luck = rng.random()
@@ -68,5 +74,6 @@ def toolbox(failures: float = FAILURES, distractions: float = DISTRACTIONS) -> T
         (scene.draw_emblem(pattern, rng), emblem_note(owner))
         for pattern, owner in zip(world().emblem, world().owner, strict=True)
     ]
-    tools = [PythonTool(), TextSearch(world().corpus, top_k=1), ImageSearch(emblems, top_k=1)]
+    python = PythonTool(persistent=False)
+    tools = [python, TextSearch(world().corpus, top_k=1), ImageSearch(emblems, top_k=1)]
     return Toolbox([Unreliable(tool, failures, distractions) for tool in tools])

@@ -1,0 +1,103 @@
+"""`metis rl` on questions from files, graded by rules and by a judge that may be down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+import trainer.rl
+from tests.trainer.data_files import rl_row, write_rl
+from tests.trainer.judge_server import JudgeServer, judge_of, verdict
+from tests.trainer.test_cli import metis
+from trainer.cli import main
+from trainer.grade import Grader
+from trainer.judge import JudgeDown
+from trainer.reward import grade, score
+from trainer.tasks import load_task
+from trainer.types import Question, Rollout, Turn
+
+SMALL = (
+    "task=file", "rl.steps=1", "rl.prompts=2", "rl.group_size=2", "evaluate.questions=4",
+    "rollout.max_tokens=4096", "rollout.temperature=3", "data.heldout_share=0.3",
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Answers that no rule can decide: texts that the tiny model never writes."""
+    rows = [
+        rl_row(n, reward_model={"ground_truth": f"a box {n}", "style": "rule"}) for n in range(24)
+    ]
+    write_rl(tmp_path / "rl.parquet", [*rows, rl_row(99, images=[{"bytes": b"no picture"}])])
+    return tmp_path
+
+
+def run(folder, *settings):
+    base = load_task("glyphs").base
+    return metis(
+        "rl", *SMALL, "data.paths=[rl.parquet]", f"model.path={base}", *settings, cwd=folder
+    )
+
+
+def test_questions_from_a_parquet_file_of_the_reference(folder):
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "25 rows in 1 files (metis-rl), 1 rejected" in done.stdout
+    rows = [json.loads(x) for x in (folder / "runs/rl/metrics.jsonl").read_text().splitlines()]
+    graded = {k: v for k, v in rows[-1].items() if k.startswith("graded/")}
+    assert sum(graded.values()) > 0 and rows[-1]["unscored"] == 0
+
+
+def test_a_judge_that_is_asked(folder):
+    with JudgeServer([verdict("CORRECT")]) as server:
+        done = run(folder, f"judge.base_url={server.url}", "judge.model=judge")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "runs/rl/summary.json").read_text())
+    assert summary["final"]["unscored"] == 0
+
+
+def _answered(text: str) -> Rollout:
+    question = Question("q", "k", "What stands there?", (), "a red box")
+    rollout = Rollout(question, 0, [1, 2], [False, True], [0.0, 0.0], [], 1)
+    rollout.turns.append(Turn(f"<reason>x</reason><answer>{text}</answer>"))
+    score(rollout)
+    return rollout
+
+
+def test_what_no_judge_could_say_is_unscored_and_never_wrong():
+    rollouts = [_answered("a red box"), _answered("the crimson crate"), _answered("the same crate")]
+    rollouts.append(_answered("cut off"))
+    rollouts[-1].status = "truncated"
+    with JudgeServer(["401"]) as server:
+        judge = judge_of(server, minimum=1, window=4, max_unscored=0.0)
+        with pytest.raises(JudgeDown):
+            asyncio.run(grade(rollouts, Grader(judge)))
+    assert [r.status for r in rollouts] == ["ok", "unscored", "unscored", "truncated"]
+    assert rollouts[0].correct and not rollouts[1].scored
+
+
+def test_a_judge_that_is_down_saves_and_ends_with_a_code_of_its_own(folder, monkeypatch, capsys):
+    def down(*_, **__):
+        raise JudgeDown("9 of 10 answers could not be judged")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(trainer.rl, "rl", down)
+    base = load_task("glyphs").base
+    words = [*SMALL, "data.paths=[rl.parquet]", f"model.path={base}"]
+    assert main(["rl", *words]) == 75
+    assert "could not be judged" in capsys.readouterr().err
+    assert (folder / "runs/rl/final/config.json").exists()
+    assert json.loads((folder / "runs/rl/summary.json").read_text())["status"] == "failed"
+
+
+def test_what_is_wrong_is_said_before_any_work(folder):
+    done = metis("rl", "task=file", cwd=folder)
+    assert done.returncode == 2 and "data.paths names no file" in done.stderr
+    done = metis("rl", "task=file", "data.paths=[rl.parquet]", cwd=folder)
+    assert done.returncode == 2 and "set model.path" in done.stderr
+    done = run(
+        folder, "judge.base_url=http://127.0.0.1:1", "judge.model=x", "judge.key_variable=NOPE"
+    )
+    assert done.returncode == 2 and "NOPE, which is not set" in done.stderr

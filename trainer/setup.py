@@ -1,0 +1,114 @@
+"""From settings to what a run is made of: its task, its grader, the folder of its model.
+
+What is wrong with the settings is said before any work is done.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config import Config, ConfigError
+from trainer.log import RunLog
+
+if TYPE_CHECKING:  # they take seconds to import, and a wrong flag is to be answered at once
+    from trainer.grade import Grader
+    from trainer.tasks import Task
+    from trainer.tools import Toolbox
+
+
+def check_sizes(config: Config) -> None:
+    """The longest trajectory must fit into one micro-batch: better said now than after rollouts."""
+    longest = config.rollout.max_tokens
+    for name, section in (("sft", config.sft), ("rl", config.rl)):
+        if section.max_batch_tokens < longest:
+            raise ConfigError(
+                f"rollout.max_tokens is {longest} but {name}.max_batch_tokens is "
+                f"{section.max_batch_tokens}: a trajectory would not fit into one micro-batch; "
+                f"raise {name}.max_batch_tokens or lower rollout.max_tokens"
+            )
+
+
+def model_path(config: Config) -> str | Path:
+    if config.model.path != "glyphs":
+        return config.model.path
+    if config.task != "glyphs":
+        raise ConfigError(
+            f"task {config.task} brings no model: set model.path to a folder or a hub name"
+        )
+    from trainer.tasks import load_task
+
+    return load_task("glyphs").base
+
+
+def make_task(config: Config, log: RunLog) -> Task:
+    from trainer.tasks import load_task
+
+    if config.task != "file":
+        return load_task(config.task)
+    from trainer.data import Checks
+
+    given = config.data.model_dump()
+    checks = Checks(
+        max_bad=given.pop("max_bad"), pixels=given.pop("check_pixels"), ids=given.pop("ids")
+    )
+    try:
+        task = load_task("file", checks=checks, **given)
+    except ValueError as error:  # of the files: DataError
+        raise ConfigError(str(error)) from None
+    log.say(task.summary())
+    return task
+
+
+def make_toolbox(config: Config, task: Task) -> Toolbox:
+    """The task's tools, here or on a server. Raises ConfigError for a URL that is none, and where
+    this machine has no sandbox for Python."""
+    from trainer.tools.client import RemoteToolbox
+    from trainer.tools.sandbox import SandboxError
+
+    try:
+        return task.toolbox() if config.tools.url is None else RemoteToolbox(config.tools.url)
+    except (ValueError, SandboxError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def make_grader(config: Config, folder: Path) -> Grader | None:
+    """What grades answers: for the demo its own rule alone."""
+    if config.task == "glyphs" and config.judge is None:
+        return None
+    from trainer.grade import Grader
+
+    if config.judge is None:
+        return Grader(seed=config.seed)
+    from trainer.json_cache import JsonCache
+    from trainer.judge import Judge
+    from trainer.openai_client import Budget, OpenAIClient
+
+    one = config.judge
+    key = None if one.key_variable is None else os.environ.get(one.key_variable)
+    if one.key_variable is not None and not key:
+        raise ConfigError(f"judge.key_variable is {one.key_variable}, which is not set")
+    client = OpenAIClient(
+        one.base_url,
+        one.model,
+        api_key=key,
+        concurrency=one.concurrency,
+        timeout=one.timeout,
+        budget=Budget(max_calls=one.max_calls, max_tokens=one.max_tokens),
+    )
+    judge = Judge(
+        client,
+        cache=JsonCache(one.cache),
+        images=one.images,
+        window=one.window,
+        minimum=one.minimum,
+        max_unscored=one.max_unscored,
+    )
+    return Grader(judge, audit=one.audit, journal=folder / "judge.jsonl", seed=config.seed)
+
+
+def check_model(config: Config) -> None:
+    from trainer.model import check_path
+
+    check_path(model_path(config))
