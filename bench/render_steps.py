@@ -95,10 +95,28 @@ def generation(records: list[Record]) -> Iterable[str]:
     ]
 
 
+def tools(records: list[Record]) -> Iterable[str]:
+    (record,) = records
+    call, session, new = (
+        f"{record['times'][name]['median_ms']:.1f} ms"
+        for name in ("one call", "session's call", "new session")
+    )
+    walls = record["sandbox"].removeprefix("python sandbox: ")
+    rates = (f"{record[name]:,.0f}" for name in ("calls_per_second", "session_calls_per_second"))
+    return [
+        f"A call of the python tool ({walls}; numpy, a crop of a 4k picture): {call} in a process "
+        f"of its own, {record['call_over_fork_ms']:+.1f} ms over a bare forked child; {session} in "
+        f"a session that lives, {new} to begin one; {' and '.join(rates)} calls a second. After "
+        f"{record['leaks']['calls']:,} calls of each kind there are as many processes, descriptors "
+        "and files as before."
+    ]
+
+
 TABLES: dict[str, Callable[[list[Record]], Iterable[str]]] = {
     "step": step,
     "prefix_attention": attention,
     "packing": packing,
     "generation": generation,
+    "tools": tools,
 }
 """Benchmark -> its part of the page, in the order in which they stand."""
