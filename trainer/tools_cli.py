@@ -1,4 +1,4 @@
-"""`metis tools`: serve a toolbox, try one call by hand, list what there is.
+"""`metis tools`: serve a toolbox, try one call by hand, list what there is, build an index.
 
 Exit codes: 0 done, 1 the call failed (tool_error or infra_error), 2 what was asked for is wrong.
 
@@ -91,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     attempt.add_argument("--seed", type=int, default=0)
     listing = command("list", _list, "the tools' schemas as JSON, as the policy sees them")
+    text = "an index for text_search or image_search, built once and mapped when it is used"
+    index = commands.add_parser("index", help=text, description=text, allow_abbrev=False)
+    index.set_defaults(run_tools=_index, unsafe_no_sandbox=False)
+    index.add_argument("source", type=Path, metavar="SOURCE", help="JSON lines, or a folder")
+    index.add_argument("folder", type=Path, metavar="FOLDER", help="of the index")
+    index.add_argument("--images", action="store_true", help="of pictures with their texts")
     for sub in (attempt, listing):
         sub.add_argument("--url", help=f"of a running tool server; its token is {TOKEN_VARIABLE}")
 
@@ -108,6 +114,18 @@ def run(args: argparse.Namespace) -> int:
     except (ToolInfraError, sandbox.SandboxError) as error:
         print(f"metis tools {args.tools_command}: {error}", file=sys.stderr)
         return FAILED
+
+
+def _index(args: argparse.Namespace) -> int:
+    from trainer.tools.image_search import build_image_index
+    from trainer.tools.text_search import build_index
+
+    try:
+        manifest = (build_image_index if args.images else build_index)(args.source, args.folder)
+    except (OSError, ValueError) as error:
+        raise Wrong(str(error)) from None
+    print(json.dumps(manifest, indent=1))
+    return DONE
 
 
 # ---- which tools ---------------------------------------------------------------------------------

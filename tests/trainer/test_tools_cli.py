@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from trainer import tools_cli as cli
+from trainer.tools import TextIndex
 from trainer.tools.service import ServerLimits
 from trainer.tools.wire import TOKEN_VARIABLE
 
@@ -23,6 +24,7 @@ SERVER = f"{sys.executable} {HERE / 'mcp_server.py'}"
 PROGRAM = """
 import argparse, sys
 from trainer import tools_cli as cli
+from trainer.tools import TextIndex
 parser = argparse.ArgumentParser()
 cli.add_arguments(parser)
 sys.exit(cli.run(parser.parse_args()))
@@ -193,3 +195,13 @@ def test_what_is_not_served(tools, tmp_path, monkeypatch):
 def test_a_port_that_is_taken(tools, server):
     code, _, err = tools("serve", *MINE, "--port", server.rpartition(":")[2])
     assert code == 2 and "in use" in err
+
+
+def test_an_index_is_built_and_searched(tools, tmp_path):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text('{"text": "the lighthouse burns red"}\n{"text": "the harbour is closed"}\n')
+    code, out, _ = tools("index", source, tmp_path / "index")
+    assert code == 0 and json.loads(out)
+    assert TextIndex(tmp_path / "index").search("lighthouse") == ["the lighthouse burns red"]
+    code, _, err = tools("index", tmp_path / "nothing.jsonl", tmp_path / "other")
+    assert code == 2 and "nothing.jsonl" in err
