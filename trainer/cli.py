@@ -111,9 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         command("plan", planning.run, "the memory of an update, before it is run", trains=False)
     )
     tools_cli.add_arguments(
-        command(
-            "tools", tools_cli.run, "serve, try and list the tools, build an index", trains=False
-        )
+        command("tools", tools_cli.run, "serve, try or list tools, index a corpus", trains=False)
     )
     command("status", _status, "which implementations of the operators run here", trains=False)
     return parser
