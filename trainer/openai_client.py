@@ -20,9 +20,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+
+from trainer.retry import retry_after
 
 try:
     import httpx2 as httpx
@@ -293,7 +294,7 @@ class OpenAIClient:
         excerpt = ascii(raw[:200].decode("utf-8", "replace"))
         if status in (408, 425, 429) or status >= 500:
             error = EndpointError(f"http {status}", f"HTTP {status}: {excerpt}")
-            asked = _retry_after(headers.get("retry-after"))
+            asked = retry_after(headers.get("retry-after"))
             if asked is not None:
                 error.retry_after = asked  # type: ignore[attr-defined]
                 if asked <= self.retry.longest:  # for every request: they share the server
@@ -345,17 +346,3 @@ def _completion(raw: bytes) -> tuple[str, str | None, int | None, int | None]:
         raise EndpointError("garbage", f"the content is a {type(text).__name__}, not a text")
     counted = [n if isinstance(n, int) and n >= 0 else None for n in (prompt, completion)]
     return text, reason if isinstance(reason, str) else None, *counted
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a number of them or a date; None where it is neither."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if seconds == seconds else None

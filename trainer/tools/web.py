@@ -15,12 +15,10 @@ requests nor its exceptions hold it, also where a service wants it in the addres
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -33,6 +31,7 @@ from typing import Any
 from PIL.Image import Image
 from pydantic import SecretStr
 
+from trainer.retry import retry_after
 from trainer.tools._cache import Cache, RateLimit
 from trainer.tools.image_search import ImageSearchTool, image_key, result_text
 from trainer.tools.protocol import ToolError, ToolInfraError
@@ -255,7 +254,7 @@ class Provider:
                 if status not in PASSING:
                     raise self._refusal(status, body)
                 problem = f"HTTP {status}: {self._excerpt(body)}"
-                told = _retry_after(headers.get("retry-after"))
+                told = retry_after(headers.get("retry-after"))
                 if told is not None:
                     pause = max(pause, told)
                     if self.limit is not None and status == 429:
@@ -422,20 +421,6 @@ def _results(found: Any, snippet: str = "snippet", image: str = "image") -> list
         if result_text(result):
             results.append(result)
     return results
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a number or a date; None for what is neither."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 # --- The tools ------------------------------------------------------------------------------------
