@@ -22,6 +22,7 @@ tokens/s counts prompt and response of every rollout, whichever way they are com
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +67,10 @@ class Workload:
         if args.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         hf.prepare(self.model)
-        hf.apply_liger(self.model)
+        try:
+            hf.apply_liger(self.model)
+        except ImportError:
+            print("liger-kernel is not installed: transformers' own layers", file=sys.stderr)
         kind = OptimizerConfig(kind="adamw" if args.dtype == "float32" else "adamw8bit")
         self.optimizer = make_optimizer(self.model, kind, LR, (0.9, 0.999), 0.0)
         self.attention_cost = hf.attention_cost(self.model)

@@ -25,13 +25,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import psutil
 from PIL import Image
 
 from trainer.tools import FunctionTool, PythonTool, Toolbox
-from trainer.tools.client import RemoteToolbox
+from trainer.tools.client import RemoteToolbox, httpx
 from trainer.tools.server import serve
 from trainer.tools.service import ServerLimits
 from trainer.types import Observation, Session
@@ -133,7 +132,7 @@ async def load(url: str, sessions: int, seconds: float, hostile: float) -> Tally
 def metrics(url: str) -> dict[str, float]:
     """Sums of the server's samples by name."""
     totals: dict[str, float] = defaultdict(float)
-    for line in httpx2.get(f"{url}/metrics", trust_env=False).text.splitlines():
+    for line in httpx.get(f"{url}/metrics", trust_env=False).text.splitlines():
         if not line.startswith("#") and "_bucket" not in line:
             name = line.partition("{")[0].partition(" ")[0]
             totals[name] += float(line.rpartition(" ")[2])

@@ -159,7 +159,12 @@ class Program:
             checkpointing=model.checkpointing,
             lora=model.lora,
         )
-        apply_liger(self.vlm.model)
+        try:
+            apply_liger(self.vlm.model)
+        except ImportError:
+            log.say(
+                "liger-kernel is not installed (pip install '.[gpu]'): transformers' own layers"
+            )
         # What plays, is evaluated and saved: the model itself, or the plain copy of a sharded one.
         self.played = replace(self.vlm, model=world.replica(self.vlm.model))
         world.shard(self.vlm.model)

@@ -64,11 +64,14 @@ def make_task(config: Config, log: RunLog) -> Task:
 def make_toolbox(config: Config, task: Task) -> Toolbox:
     """The task's tools, here or on a server. Raises ConfigError for a URL that is none, and where
     this machine has no sandbox for Python."""
-    from trainer.tools.client import RemoteToolbox
     from trainer.tools.sandbox import SandboxError
 
     try:
-        return task.toolbox() if config.tools.url is None else RemoteToolbox(config.tools.url)
+        if config.tools.url is None:
+            return task.toolbox()
+        from trainer.tools.client import RemoteToolbox
+
+        return RemoteToolbox(config.tools.url)
     except (ValueError, SandboxError) as error:
         raise ConfigError(str(error)) from None
 

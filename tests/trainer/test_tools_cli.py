@@ -9,12 +9,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import httpx2
 import pytest
 from PIL import Image
 
 from trainer import tools_cli as cli
 from trainer.tools import TextIndex
+from trainer.tools.client import httpx
 from trainer.tools.service import ServerLimits
 from trainer.tools.wire import TOKEN_VARIABLE
 
@@ -161,7 +161,7 @@ def test_a_server_and_its_clients(tools, server, image, monkeypatch):
     assert code == 0 and json.loads(out)["images"] == [{"width": 10, "height": 5}]
     code, _, err = tools("try", "halve", "{}", "--url", server)
     assert code == 2 and "the tools are: half, fail, make" in err
-    assert httpx2.get(f"{server}/health", trust_env=False).json() == {"status": "ok", "sessions": 0}
+    assert httpx.get(f"{server}/health", trust_env=False).json() == {"status": "ok", "sessions": 0}
 
 
 def test_every_limit_has_an_option():

@@ -6,13 +6,12 @@ import json
 import threading
 import time
 
-import httpx2
 import pytest
 from PIL import Image
 from tool_server import UNAVAILABLE, Process, call, client, metric, opened, picture, toolbox
 
 from trainer.tools import ToolInfraError
-from trainer.tools.client import RemoteToolbox
+from trainer.tools.client import RemoteToolbox, httpx
 from trainer.tools.server import is_loopback, serve
 from trainer.types import Session
 
@@ -227,7 +226,7 @@ def test_bodies_that_lie_about_their_length(http):
     try:
         response = http.post(f"/sessions/{name}/calls", content=endless(), headers=headers)
         assert response.status_code == 413
-    except httpx2.HTTPError:
+    except httpx.HTTPError:
         pass  # the server closed while we were still sending
     assert sum(sent) < 64 << 20
     deep = http.post(f"/sessions/{name}/calls", content=b"[" * 100_000, headers=headers)
@@ -276,7 +275,7 @@ def test_the_event_loop_goes_on_while_an_image_is_decoded(http):
     def upload():
         path = f"{http.base_url}/sessions/{name}/images/1"
         options = {"headers": PNG, "trust_env": False, "timeout": 60}
-        uploaded.append(httpx2.put(path, content=buffer.getvalue(), **options).status_code)
+        uploaded.append(httpx.put(path, content=buffer.getvalue(), **options).status_code)
 
     thread = threading.Thread(target=upload)
     thread.start()
@@ -362,7 +361,7 @@ def test_a_full_server_refuses_and_the_client_waits():
             names = [opened(http) for _ in range(3)]
             threads = [
                 threading.Thread(
-                    target=httpx2.post,
+                    target=httpx.post,
                     args=(f"{server.url}/sessions/{name}/calls",),
                     kwargs={"json": {"text": call("wait", seconds=0.5)}, "trust_env": False},
                 )

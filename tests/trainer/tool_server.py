@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-import httpx2
 from PIL import Image
 
 from trainer.tools import FunctionTool, Toolbox, ToolError, ToolInfraError
+from trainer.tools.client import httpx
 from trainer.types import Observation, Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +145,7 @@ def call(name, **arguments):
 
 
 def client(server):
-    return httpx2.Client(base_url=server.url, trust_env=False)
+    return httpx.Client(base_url=server.url, trust_env=False)
 
 
 def picture(colour=(1, 2, 3), size=(8, 6), mode="RGB"):

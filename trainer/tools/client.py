@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, get_args
 
-import httpx2
 from PIL import Image
 
 from trainer.images import ImageError
@@ -28,6 +27,11 @@ from trainer.tools.wire import (
     raw_image,
 )
 from trainer.types import Observation, ObservationStatus, Session, ToolCall
+
+try:
+    import httpx2 as httpx
+except ImportError:  # Python 3.10
+    import httpx  # type: ignore[no-redef]
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +84,8 @@ class RemoteToolbox(Toolbox):
         `execute` may take in all. retries: failed connections in a row, of one request. Raises
         ValueError for a URL that is none. Nothing is sent before the first use."""
         try:
-            parsed = httpx2.URL(url)
-        except httpx2.InvalidURL as error:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
             raise ValueError(f"{url!r} is no URL: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"a tool server's URL is http://host:port, got {url!r}")
@@ -93,14 +97,14 @@ class RemoteToolbox(Toolbox):
         self._options: dict[str, Any] = {
             "base_url": self.url,
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
-            "timeout": httpx2.Timeout(timeout, connect=min(timeout, 10.0), pool=patience),
-            "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            "timeout": httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=patience),
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
             # Made once, for it takes longer than many a call.
-            "verify": httpx2.create_ssl_context() if parsed.scheme == "https" else False,
+            "verify": httpx.create_ssl_context() if parsed.scheme == "https" else False,
             # A proxy of the environment is for the internet; tools are reached directly.
             "trust_env": False,
         }
-        self._clients: list[httpx2.AsyncClient] = []
+        self._clients: list[httpx.AsyncClient] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._about: dict[str, Any] | None = None
         self._remotes: dict[str, _Remote] = {}
@@ -113,13 +117,13 @@ class RemoteToolbox(Toolbox):
         """The server's tools, as a chat template wants them; asked for once, blocking. Raises
         ToolInfraError where the server cannot be asked."""
         if self._about is None:
-            with httpx2.Client(**self._options) as client:
+            with httpx.Client(**self._options) as client:
                 reason = ""
                 for attempt in range(self.attempts):
                     time.sleep(self._pause(attempt) if attempt else 0)
                     try:
                         response = client.get("/tools")
-                    except httpx2.HTTPError as error:
+                    except httpx.HTTPError as error:
                         reason = _describe(error)
                         continue
                     if response.status_code < 500 and response.status_code != 429:
@@ -259,14 +263,14 @@ class RemoteToolbox(Toolbox):
 
     async def _request(
         self, method: str, path: str, deadline: float, **options: Any
-    ) -> httpx2.Response:
+    ) -> httpx.Response:
         """A response below 400. Every request here may be sent again: a call for its key, others by
         nature. Raises _Gone for 404, ToolInfraError for all else."""
         failures = refusals = 0
         while True:
             try:
                 response = await self._http(path).request(method, path, **options)
-            except httpx2.HTTPError as error:
+            except httpx.HTTPError as error:
                 failures += 1
                 reason, pause = _describe(error), self._pause(failures)
             else:
@@ -294,19 +298,19 @@ class RemoteToolbox(Toolbox):
         """Seconds before another attempt: longer each time, and never all clients at once."""
         return min(0.1 * 2**attempt, 5.0) * self._random.uniform(0.5, 1.5)
 
-    def _http(self, path: str) -> httpx2.AsyncClient:
+    def _http(self, path: str) -> httpx.AsyncClient:
         """The client of the session, on the running loop: connections do not outlive their loop.
 
         Several, each with its pool: for every request a pool looks at all of its connections.
         """
         loop = asyncio.get_running_loop()
         if not self._clients or self._loop is not loop:
-            self._clients = [httpx2.AsyncClient(**self._options) for _ in range(POOLS)]
+            self._clients = [httpx.AsyncClient(**self._options) for _ in range(POOLS)]
             self._loop = loop
         session = path.split("/")[2:3]
         return self._clients[hash(*session) % POOLS if session else 0]
 
-    def _learn(self, response: httpx2.Response) -> None:
+    def _learn(self, response: httpx.Response) -> None:
         """Takes in the answer to GET /tools."""
         if response.status_code >= 400:
             raise ToolInfraError(f"the tool server at {self.url} refuses: {_said(response)}")
@@ -322,7 +326,7 @@ class RemoteToolbox(Toolbox):
 
 
 def _read_answer(
-    response: httpx2.Response,
+    response: httpx.Response,
 ) -> tuple[ToolCall | None, Observation, list[tuple[int, int]]]:
     """Call, observation without images, and the images' sizes. Raises ToolInfraError where the
     answer is not what a server of ours gives."""
@@ -343,7 +347,7 @@ def _read_answer(
     return call, observation, sizes
 
 
-def _json_of(response: httpx2.Response) -> dict[str, Any]:
+def _json_of(response: httpx.Response) -> dict[str, Any]:
     try:
         value = response.json()
     except ValueError:
@@ -353,7 +357,7 @@ def _json_of(response: httpx2.Response) -> dict[str, Any]:
     return value
 
 
-def _said(response: httpx2.Response) -> str:
+def _said(response: httpx.Response) -> str:
     """Status and error of a response, in one line."""
     try:
         text = str(response.json()["error"])
