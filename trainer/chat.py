@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 REASON_OPEN, REASON_CLOSE = "<reason>", "</reason>"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -70,6 +70,17 @@ def attempts_call(turn: str) -> bool:
     is said of tools inside <reason></reason> is no call."""
     action = _action(turn)
     return CALL_OPEN in action or CALL_CLOSE in action
+
+
+def first_action(turn: str) -> tuple[Literal["call", "answer"], int] | None:
+    """What a turn does first and where its tag begins; None where it neither calls nor answers."""
+    action = _action(turn)
+    found = {"call": action.find(CALL_OPEN), "answer": action.find(ANSWER_OPEN)}
+    opened = [(at, name) for name, at in found.items() if at >= 0]
+    if not opened:
+        return None
+    at, name = min(opened)
+    return name, len(turn) - len(action) + at
 
 
 def find_calls(turn: str) -> tuple[list[str], str | None]:

@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from trainer.chat import SpecialTokens, attempts_call, system_prompt
+from trainer.chat import (
+    ANSWER_OPEN,
+    CALL_OPEN,
+    SpecialTokens,
+    attempts_call,
+    first_action,
+    system_prompt,
+)
 from trainer.engines.hf import HFEngine, Sampled
 from trainer.grade import Grader
 from trainer.model import VisionLanguageModel
 from trainer.reward import grade, score
 from trainer.tools import Toolbox
-from trainer.types import Observation, Question, Rollout, Session, TrainingError, Turn
+from trainer.types import Mode, Observation, Question, Rollout, Session, TrainingError, Turn
 
 _SENTINEL = "\u241fturn\u241f"
 CANCEL_SECONDS = 5.0
@@ -97,16 +106,26 @@ class Player:
         questions: Sequence[Question],
         seeds: Sequence[int],
         *,
+        modes: Sequence[Mode] | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
-        """One scored rollout a question. `stopping` is polled between turns; once it is true,
-        KeyboardInterrupt is raised, for a half-played batch is of no use."""
+        """One scored rollout a question. modes: how each is played (None: all "allowed").
+        `stopping` is polled between turns; once it is true, KeyboardInterrupt is raised, for a
+        half-played batch is of no use.
+
+        Raises ValueError for a mode that this player's tools, or its lack of them, rule out.
+        """
+        modes = list(modes) if modes is not None else ["allowed"] * len(questions)
+        impossible = {"forbidden", "forced"} if self.toolbox is None else {"direct"}
+        if wrong := impossible & set(modes):
+            having = "no tools" if self.toolbox is None else "tools"
+            raise ValueError(f"a player with {having} cannot play the mode {min(wrong)!r}")
         # A trajectory's KV is held until it ends, so a part is played to its end before the next.
         size = engine.batch_size(self.limits.max_tokens)
         rollouts: list[Rollout] = []
         for start in range(0, len(questions), size):
             part = slice(start, start + size)
-            rollouts += self._play(engine, questions[part], seeds[part], stopping)
+            rollouts += self._play(engine, questions[part], seeds[part], modes[part], stopping)
         return rollouts
 
     def _play(
@@ -114,22 +133,31 @@ class Player:
         engine: HFEngine,
         questions: Sequence[Question],
         seeds: Sequence[int],
+        modes: Sequence[Mode],
         stopping: Callable[[], bool],
     ) -> list[Rollout]:
         rollouts = [self._begin(q, seed) for q, seed in zip(questions, seeds, strict=True)]
+        for rollout, mode in zip(rollouts, modes, strict=True):
+            rollout.mode = mode
         active = list(range(len(rollouts)))
+        redirected: set[int] = set()
         with self._sessions(rollouts) as sessions, engine.open() as generation:
             for number in range(self.limits.max_turns):
                 if stopping():
                     raise KeyboardInterrupt
                 if not active:
                     break
+                start = time.perf_counter()
                 turns = generation.turn(
-                    active,
+                    # What was redirected does not go on from what the engine knows of it.
+                    [i + len(rollouts) * (i in redirected) for i in active],
                     [(rollouts[i].ids, rollouts[i].images) for i in active],
                     [(rollouts[i].seed, number) for i in active],
                     min(self.limits.max_new_tokens, max(self._room(rollouts[i]) for i in active)),
                 )
+                if number == 0:
+                    redirected = self._redirect(engine, rollouts, turns)
+                _share_time([rollouts[i] for i in active], turns, time.perf_counter() - start)
                 last = number == self.limits.max_turns - 1
                 calls = []
                 for i, sampled in zip(active, turns, strict=True):
@@ -137,10 +165,57 @@ class Player:
                         calls.append(i)
                 active = self._execute(calls, rollouts, sessions)
         for rollout in rollouts:
+            rollout.sampled_tokens = sum(rollout.policy)
+            rollout.prompt_tokens = len(rollout.ids) - rollout.sampled_tokens
             score(rollout)
         if self.grader is not None:
             self._run(grade(rollouts, self.grader))
         return rollouts
+
+    def _redirect(
+        self, engine: HFEngine, rollouts: Sequence[Rollout], turns: list[Sampled]
+    ) -> set[int]:
+        """Where a first turn does not do what the rollout's mode asks for, it is cut behind its
+        reason, the wanted action is opened, and the policy goes on from there. Replaces such turns
+        in place -> the numbers of their rollouts. A turn that does nothing at all stays."""
+        wanted = {"forbidden": "answer", "forced": "call"}
+        tags = {"answer": ANSWER_OPEN, "call": CALL_OPEN}
+        cuts: dict[int, Sampled] = {}
+        openings: list[list[int]] = []
+        for i, (rollout, sampled) in enumerate(zip(rollouts, turns, strict=True)):
+            action = wanted.get(rollout.mode)
+            done = action and first_action(self.vlm.tokenizer.decode(sampled.ids))
+            if done and done[0] != action:
+                cuts[i], between = self._cut(sampled, done[1])
+                openings.append(self.vlm.encode(between + tags[action]))
+        if not cuts:
+            return set()
+        left = [self.limits.max_new_tokens - len(cut.ids) for cut in cuts.values()]
+        with engine.open() as generation:
+            endings = generation.turn(
+                list(cuts),
+                [(rollouts[i].ids + cut.ids, rollouts[i].images) for i, cut in cuts.items()],
+                [(rollouts[i].seed, 0, 1) for i in cuts],
+                max(1, *left),
+                openings,
+            )
+        for (i, cut), ending, room in zip(cuts.items(), endings, left, strict=True):
+            turns[i] = _joined(cut, ending, room)
+        return set(cuts)
+
+    def _cut(self, sampled: Sampled, at: int) -> tuple[Sampled, str]:
+        """The ids that lie wholly before place `at` of a turn's text, and the text between."""
+        decode = self.vlm.tokenizer.decode
+        text = decode(sampled.ids)
+        count = bisect_right(
+            range(len(sampled.ids)), at, key=lambda n: len(decode(sampled.ids[:n]))
+        )
+        count = max(count - 1, 0)
+        while not text.startswith(before := decode(sampled.ids[:count])):  # half a character
+            count -= 1
+        return Sampled(sampled.ids[:count], sampled.logprob[:count], "length"), text[
+            len(before) : at
+        ]
 
     def demonstrate(self, questions: Sequence[Question], scripts: Sequence[Script]):
         """Plays scripts against the real tools -> rollouts whose `policy` mask is what to train on.
@@ -279,8 +354,14 @@ class Player:
         """Appends a sampled turn, as far as there is room; true where a call is to be executed."""
         room = self._room(rollout)
         if len(sampled.ids) > room:
-            sampled = Sampled(sampled.ids[:room], sampled.logprob[:room], "length")
-        self._append(rollout, sampled.ids, [True] * len(sampled.ids), sampled.logprob)
+            sampled = Sampled(
+                sampled.ids[:room], sampled.logprob[:room], "length", sampled.forced[:room]
+            )
+        own = [n not in sampled.forced for n in range(len(sampled.ids))]
+        logprob = [p if mine else 0.0 for p, mine in zip(sampled.logprob, own, strict=True)]
+        if sampled.forced:
+            rollout.forced = sum(sampled.logprob[n] for n in sampled.forced)
+        self._append(rollout, sampled.ids, own, logprob)
         ids = sampled.ids[:-1] if sampled.stop == "end" else sampled.ids
         text = self.vlm.tokenizer.decode(ids)
         rollout.turns.append(Turn(text))
@@ -301,7 +382,7 @@ class Player:
         are over. Returns which rollouts go on."""
         texts = [rollouts[i].turns[-1].text for i in calls]
         executing = [
-            self.toolbox.execute_turn(text, sessions[i])
+            self._timed(rollouts[i], self.toolbox.execute_turn(text, sessions[i]))
             for i, text in zip(calls, texts, strict=True)
         ]
         answers = self._run(_every(executing)) if calls else []
@@ -312,6 +393,14 @@ class Player:
         ]
         self._end(sessions, set(sessions) - set(active))
         return active
+
+    @staticmethod
+    async def _timed(rollout: Rollout, execution: Coroutine[Any, Any, Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return await execution
+        finally:
+            rollout.tool_seconds += time.perf_counter() - start
 
     def _observe(self, rollout: Rollout, session: Session, call, observation: Observation) -> bool:
         rollout.turns[-1] = Turn(rollout.turns[-1].text, call, observation)
@@ -326,6 +415,22 @@ class Player:
             return False
         self._append(rollout, suffix, [False] * len(suffix), [0.0] * len(suffix))
         return True
+
+
+def _joined(cut: Sampled, ending: Sampled, room: int) -> Sampled:
+    """A turn from its beginning and what followed it, of which there is room for so many ids."""
+    start = len(cut.ids)
+    ids, logprob, stop = ending.ids[:room], ending.logprob[:room], ending.stop
+    forced = range(start, start + len(ending.forced[:room]))
+    if len(ids) < len(ending.ids):
+        stop = "length"
+    return Sampled(cut.ids + ids, cut.logprob + logprob, stop, forced)
+
+
+def _share_time(rollouts: Sequence[Rollout], turns: Sequence[Sampled], seconds: float) -> None:
+    tokens = sum(len(sampled.ids) for sampled in turns)
+    for rollout, sampled in zip(rollouts, turns, strict=True):
+        rollout.model_seconds += seconds * len(sampled.ids) / tokens
 
 
 async def _every(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -25,6 +25,16 @@ ObservationStatus = Literal["ok", "tool_error", "infra_error"]
 """ok, the policy's own fault (malformed call, exception: counts as a call), or nobody's fault."""
 
 
+Mode = Literal["allowed", "forbidden", "forced", "direct"]
+"""How a question is played:
+
+allowed    the policy chooses
+forbidden  it knows its tools, but where it would call one, an answer is begun in its place
+forced     its first action is a call: where it would answer, a call is begun in its place
+direct     it is told of no tools at all
+"""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on: the message says why, and what is safe."""
 
@@ -46,6 +56,13 @@ class Question:
     answer: str
     needs_tool: bool | None = None
     """Whether a careful agent would call a tool; None where nobody knows."""
+    also: tuple[str, ...] = ()
+    """Further right answers; any one will do."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of a multiple choice: letter -> text, as they also stand in the text."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of the source, for reward functions (`data_source`, `extra_info`). Never shown to the
+    policy."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,17 @@ class Rollout:
     """The text inside the last <answer> of the last turn, of policy-written tokens only."""
     correct: bool = False
     formatted: bool = False
+    mode: Mode = "allowed"
+    forced: float | None = None
+    """Logprob, under the sampling distribution, of the tokens that were put in the policy's place
+    (`policy` is False for them); None where nothing was."""
+    prompt_tokens: int = 0
+    """Tokens that were read: prompt and observations, each once."""
+    sampled_tokens: int = 0
+    model_seconds: float = 0.0
+    """Its share of the time that the model took; of a batch, by tokens."""
+    tool_seconds: float = 0.0
+    """From call to observation, summed over its calls."""
 
     @property
     def scored(self) -> bool:

@@ -92,14 +92,16 @@ class Generation:
         sequences: Sequences,
         seeds: Sequence[Sequence[int]],
         max_new_tokens: int,
+        openings: Sequence[Sequence[int]] | None = None,
     ) -> list[Sampled]:
         """The next turn of the trajectories `keys`, in their order.
 
         sequences: of each its whole (ids, images) so far, which must begin with those of its turn
         before and what it sampled in it. seeds[i] is what numpy seeds its stream with. A trajectory
         that is left out has ended: its KV is freed. One that is not known joins, all of it encoded.
-        Raises ValueError where a sequence does not go on from its last turn, or there are more
-        than max_batch.
+        openings: of each the ids that its turn begins with, whatever the policy would say. Raises
+        ValueError where a sequence does not go on from its last turn, or there are more than
+        max_batch.
         """
         engine = self.engine
         if len(keys) > engine.max_batch:
@@ -117,7 +119,7 @@ class Generation:
             return []
         start = time.perf_counter()
         with engine.inference():
-            turn = _Turn(self, keys, sequences, seeds, max_new_tokens)
+            turn = _Turn(self, keys, sequences, seeds, max_new_tokens, openings)
             logits = turn.prefill()
             sampled = turn.decode(logits)
         stats = engine.counts
@@ -129,10 +131,13 @@ class Generation:
 class _Turn:
     """One call of `Generation.turn`. Rows are numbered as its trajectories are."""
 
-    def __init__(self, generation: Generation, keys, sequences: Sequences, seeds, count: int):
+    def __init__(
+        self, generation: Generation, keys, sequences: Sequences, seeds, count: int, openings
+    ):
         self.engine = generation.engine
         self.device = generation.device
         self.seeds, self.count = seeds, count
+        self.openings = [list(ids) for ids in openings or [()] * len(keys)]
         known = generation._known
         self.trajectories = [
             _go_on(key, known.get(key), ids, images)
@@ -220,6 +225,7 @@ class _Turn:
         """Samples until every row has ended or `count` tokens are there."""
         engine, number = self.engine, len(self.trajectories)
         uniform = uniforms(self.seeds, self.count).to(self.device)
+        forced = self._forced()
         ids = torch.zeros(number, self.count, dtype=torch.long, device=self.device)
         logprob = torch.zeros(number, self.count, device=self.device)
         length = [self.count] * number
@@ -229,7 +235,11 @@ class _Turn:
         index, step = self._index(order), None
         for t in range(self.count):
             token, chosen = sample(
-                logits, uniform[index, t], engine.temperature, engine.forbidden_ids
+                logits,
+                uniform[index, t],
+                engine.temperature,
+                engine.forbidden_ids,
+                forced[index, t] if t < forced.shape[1] else None,
             )
             ids[index, t], logprob[index, t] = token, chosen
             for row in engine.closing[token].nonzero()[:, 0].tolist():
@@ -254,12 +264,19 @@ class _Turn:
         ids, logprob = ids.tolist(), logprob.tolist()
         sampled = []
         for n, one in enumerate(self.trajectories):
-            sampled.append(Sampled(ids[n][: length[n]], logprob[n][: length[n]], stop[n]))
+            given = range(min(len(self.openings[n]), length[n]))
+            sampled.append(Sampled(ids[n][: length[n]], logprob[n][: length[n]], stop[n], given))
             one.ids = one.ids + sampled[n].ids
             # The last sampled token has not been run.
             one.cached += length[n] - 1
             one.position += length[n] - 1
         return sampled
+
+    def _forced(self) -> Tensor:
+        """[N, longest opening] ids; -1 where the policy chooses."""
+        longest = max(map(len, self.openings))
+        rows = [ids + [-1] * (longest - len(ids)) for ids in self.openings]
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
 
     def _regroup(self, order: list[int], keep: list[int], t: int) -> None:
         """Rows `keep`, whose trajectories go on, move to a cache of their own with room for more;

@@ -28,6 +28,9 @@ class Sampled:
     """Of each id under the distribution it was sampled from (at the sampling temperature)."""
     stop: Stop
     """What ended it: </tool_call>, </answer>, the end-of-turn token, or the length limit."""
+    forced: range = range(0)
+    """Places of ids that were put in the policy's place; their logprobs are the policy's, at the
+    same temperature."""
 
 
 def uniforms(seeds: Sequence[Sequence[int]], count: int) -> Tensor:
@@ -36,12 +39,17 @@ def uniforms(seeds: Sequence[Sequence[int]], count: int) -> Tensor:
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, temperature: float, forbidden: Tensor
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    forbidden: Tensor,
+    forced: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(token [N] int64, its logprob [N] fp32) from logits [N, V] and uniform [N] float64.
 
     A token is the inverse of the CDF (in float64) at its row's uniform number, or the likeliest at
-    temperature 0. forbidden [F] int64 ids have probability 0.
+    temperature 0. forbidden [F] int64 ids have probability 0. forced [N] int64: the token of a row
+    whatever its distribution says; negative: none.
     """
     scores = logits.float().index_fill(1, forbidden, -torch.inf)
     logprob = torch.log_softmax(scores / (temperature or 1.0), dim=-1)
@@ -51,6 +59,8 @@ def sample(
         cdf = logprob.double().exp().cumsum(-1)
         point = uniform[:, None] * cdf[:, -1:]
         token = (cdf <= point).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
+    if forced is not None:
+        token = torch.where(forced[:, None] >= 0, forced[:, None], token)
     return token[:, 0], logprob.gather(1, token)[:, 0]
 
 
