@@ -37,6 +37,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+CurateStage = Literal[
+    "rules", "execute", "answer", "duplicates", "solvable", "pass_rate", "judge", "balance"
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -143,6 +146,29 @@ class JudgeConfig(Section):
     cache: str = "runs/judge-cache"
 
 
+class AgentConfig(Section):
+    """An OpenAI-compatible server whose model plays the questions in place of model.path."""
+
+    base_url: str
+    """Up to and including the version: http://localhost:8000/v1."""
+    model: str
+    key_variable: str | None = None
+    """Environment variable that holds the key."""
+    concurrency: int = Field(16, ge=1)
+    """Trajectories at a time."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds of one request."""
+    max_calls: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    """Of prompts and completions together."""
+    forcing: Literal["prefill", "prompt"] = "prefill"
+    """How a question is played with tools forbidden or forced. prefill: the wanted action is begun
+    in the model's place, and it goes on from there (vLLM and SGLang can). prompt: a sentence behind
+    the question asks for it."""
+    extra: dict[str, Any] = {}
+    """Further fields of every request, e.g. {top_p: 0.9}."""
+
+
 class RolloutConfig(Section):
     max_turns: int = Field(4, ge=1)
     """Turns of the policy in a trajectory; one that needs more is truncated."""
@@ -219,6 +245,16 @@ class RLConfig(Section):
     """Questions of a step."""
     group_size: int = Field(16, ge=1)
     """G: rollouts of a question."""
+    resample: int = Field(0, ge=0)
+    """Dynamic sampling: how many times in a step other questions are drawn in the place of groups
+    that carry no signal (all right or all wrong with as many calls). 0: groups are taken as they
+    come."""
+    forced_calls: int = Field(0, ge=0)
+    """Counterfactual rollouts: of a group, those whose first action is made a call."""
+    forced_answers: int = Field(0, ge=0)
+    """And those whose first action is made an answer. Both are put between the policy's own reason
+    and what it then goes on with; what was put there is not trained on, and every rollout of the
+    group is weighted by its importance."""
     updates: int = Field(1, ge=1)
     """Optimizer steps on the rollouts of a step; past the first the policy is off-policy and the
     clips are at work. Each takes its own share of the groups."""
@@ -240,12 +276,81 @@ class RLConfig(Section):
     "signal": there the effective weight of the tool channel grows as fewer groups differ in their
     calls (0.3 to 0.7 in this task instead of 0.15), until guessing pays (LOG.md)."""
 
+    @model_validator(mode="after")
+    def _check(self):
+        forced = self.forced_calls + self.forced_answers
+        if forced and forced > self.group_size - 2:
+            raise ValueError(
+                f"{forced} forced rollouts leave {self.group_size - forced} of group_size "
+                f"{self.group_size} to the policy; at least 2 must be its own"
+            )
+        return self
+
 
 class EvaluateConfig(Section):
     questions: int = Field(600, ge=1)
     """Held-out questions, in the proportions of the task's mix."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
+
+
+class CurateConfig(Section):
+    """What `metis curate` does with raw data. A row is charged to the first stage that drops it."""
+
+    stages: tuple[CurateStage, ...] | None = None
+    """Which stages are asked for. sft: rules, execute, answer, duplicates, solvable, judge. rl:
+    rules, duplicates, pass_rate, judge, balance. null: those that need no model; solvable and
+    pass_rate where model.path or agent is set, and judge where judge is."""
+    k: int = Field(8, ge=1)
+    """Samples without tools of a question whose trajectory calls one, at rollout.temperature."""
+    solvable_at: float = Field(1.0, gt=0, le=1)
+    """Share of them that must be right for the question to need no tool: at 1 the model answers it
+    safely (pass@k = 1, read as a rate), at 1 / k once in k is enough."""
+    samples: int = Field(8, ge=2)
+    """Samples with tools of a question for RL, which estimate its pass rate."""
+    min_pass_rate: float = Field(0.0, ge=0, le=1)
+    """A pass rate below is dropped, and one of 0 always: such a group has no advantage."""
+    max_pass_rate: float = Field(1.0, ge=0, le=1)
+    """And one above, and one of 1 always."""
+    number_tolerance: float = Field(1e-4, ge=0)
+    """Relative: by how much a number with a point in an executed observation may differ from the
+    recorded one. White space and the reference's heads ("stdout:") do not count; all else does."""
+    picture_bits: int = Field(8, ge=0, le=64)
+    """Bits of the 64-bit perceptual hash in which an executed picture may differ, and ..."""
+    picture_grey: float = Field(6.0, ge=0)
+    """... grey levels of 255, as the root of the mean square at 16 x 16 pixels. Both must hold."""
+    recovered: bool = True
+    """Whether a call that fails as it failed when it was recorded may be mended by a later one."""
+    trusted: tuple[str, ...] = ()
+    """Tools whose recorded observations are taken as they are: of a search engine, for example."""
+    duplicate_bits: int = Field(6, ge=0, le=64)
+    """Two rows are duplicates where every picture differs by at most so many bits, and ..."""
+    duplicate_grey: float = Field(2.5, ge=0)
+    """... so many grey levels, ..."""
+    duplicate_text: float = Field(0.9, gt=0, le=1)
+    """... all numbers in the questions are the same, and their shingles of five characters have
+    this Jaccard index or a higher one."""
+    max_answer: int = Field(200, ge=1)
+    """Characters of a known answer for RL; a longer one no rule can tell from a wrong one."""
+    audited: int = Field(3, ge=1)
+    """Different answers of a question for RL that the judge is asked about as well."""
+    balance: float | None = Field(2.0, ge=1)
+    """How many times its share among all rows an ability may have among those kept for RL; null: as
+    many as it has."""
+    max_unscored: float = Field(0.1, ge=0, lt=1)
+    """Share of a stage's rows about which nobody could say; past it the run ends with exit code 75,
+    to be run again."""
+    sessions: int = Field(16, ge=1)
+    """Trajectories that are executed at a time."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate is {self.min_pass_rate} and max_pass_rate {self.max_pass_rate}: no "
+                "row would be kept"
+            )
+        return self
 
 
 class Config(Section):
@@ -255,6 +360,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     judge: JudgeConfig | None = None
+    agent: AgentConfig | None = None
     tools: ToolsConfig = ToolsConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -262,6 +368,7 @@ class Config(Section):
     sft: SFTConfig = SFTConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    curate: CurateConfig = CurateConfig()
 
     @model_validator(mode="after")
     def _check(self):

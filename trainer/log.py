@@ -283,6 +283,11 @@ class RunLog:
         for record in records:
             self._append("rollouts.jsonl", record)
 
+    def groups(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append each record as one line of groups.jsonl."""
+        for record in records:
+            self._append("groups.jsonl", record)
+
     def summary(self, mapping: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         self._whole("summary.json", strict_json(mapping, indent=1) + "\n")

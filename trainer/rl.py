@@ -34,6 +34,14 @@ from trainer.model import Reference, VisionLanguageModel
 from trainer.optimizer import make_optimizer, optimizer_step, states_on_host
 from trainer.parallel import World
 from trainer.rollout import Player
+from trainer.selection import (
+    arbitration,
+    channel_shares,
+    group_modes,
+    group_records,
+    has_signal,
+    importance_weights,
+)
 from trainer.tasks import Task
 from trainer.types import Rollout, TrainingError
 
@@ -67,19 +75,29 @@ def rl(
     )
     reference = Reference(vlm) if config.loss.kl_coef else None
     nonfinite = 0
+    position = 0  # in the task's stream of questions
     with log.progress("rl", config.steps) as bar:
         for step in range(1, config.steps + 1):
             start = time.perf_counter()
             engine.stats()  # counts from here on
             with states_on_host(optimizer, optimizer_config.offload_during_rollouts):
-                rollouts = _play(task, player, engine, config, seed, step, stopping, world)
+                collected = _collect(
+                    task, player, engine, config, seed, step, position, stopping, world
+                )
+            position += len(collected.played) // config.group_size
+            rollouts = collected.rollouts
             played = time.perf_counter()
             judged = {} if player.grader is None else dict(player.grader.counts)
             generation = {f"generation/{name}": n for name, n in engine.stats().items()}
             advantages = group_advantages(rollouts, config)
+            weights = importance_weights(rollouts, config)
+            # Both surrogates are linear in their advantage: so is an importance weight.
+            weighted = replace(
+                advantages, acc=advantages.acc * weights, tool=advantages.tool * weights
+            )
             updates = []
             lr = config.lr * schedule(step, config)
-            batches = optimizer_batches(vlm, rollouts, advantages, config, loss_config, world)
+            batches = optimizer_batches(vlm, rollouts, weighted, config, loss_config, world)
             if len(batches) > 1:  # the first step moves the policy under the others
                 for batch in batches:
                     batch.score_old(vlm, loss_config)
@@ -95,10 +113,13 @@ def rl(
                     )
             world.refresh(engine.vlm.model, vlm.model)
             record("rl", step, rollouts, advantages)
+            log.groups(group_records(step, collected.played, config, collected.dropped))
             seconds = time.perf_counter() - start
-            values = _measures(rollouts, advantages, config, updates) | {
+            values = _measures(collected.played, config, updates) | {
+                **channel_shares(rollouts, advantages, weights, config),
+                "resampled": len(collected.played) // config.group_size - config.prompts,
                 "lr": lr,
-                "tokens_per_second": sum(len(r.ids) for r in rollouts) / seconds,
+                "tokens_per_second": sum(len(r.ids) for r in collected.played) / seconds,
                 "rollout_seconds": played - start,
                 "update_seconds": seconds - (played - start),
                 **generation,
@@ -117,6 +138,62 @@ def schedule(step: int, config: RLConfig) -> float:
     return warm * max(0.1, min(1.0, left))
 
 
+@dataclass
+class Collected:
+    """The rollouts of a step, group after group."""
+
+    rollouts: list[Rollout]
+    """What is learned from: `prompts` groups."""
+    played: list[Rollout]
+    """All, in the order in which they were drawn."""
+    dropped: list[bool]
+    """Of each group that was played, whether another took its place."""
+
+
+def _collect(
+    task: Task,
+    player: Player,
+    engine: HFEngine,
+    config: RLConfig,
+    seed: int,
+    step: int,
+    position: int,
+    stopping: Callable[[], bool],
+    world: World,
+) -> Collected:
+    """Plays `prompts` groups, and draws further questions in the place of those without signal, at
+    most `resample` times. What is still missing then is filled up with groups without signal."""
+    groups: list[list[Rollout]] = []
+    loud: list[bool] = []
+    for _ in range(config.resample + 1):
+        missing = config.prompts - sum(loud)
+        if not missing:
+            break
+        rollouts = _play(
+            task,
+            player,
+            engine,
+            config,
+            seed,
+            step,
+            position,
+            len(groups),
+            missing,
+            stopping,
+            world,
+        )
+        size = config.group_size
+        groups += [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        loud += has_signal(group_advantages(rollouts, config), config).tolist()
+    silent = [number for number, signal in enumerate(loud) if not signal]
+    dropped = set(silent[config.prompts - sum(loud) :])
+    return Collected(
+        [r for number, group in enumerate(groups) if number not in dropped for r in group],
+        [r for group in groups for r in group],
+        [number in dropped for number in range(len(groups))],
+    )
+
+
 def _play(
     task: Task,
     player: Player,
@@ -124,24 +201,30 @@ def _play(
     config: RLConfig,
     seed: int,
     step: int,
+    position: int,
+    first: int,
+    count: int,
     stopping: Callable[[], bool],
     world: World,
 ) -> list[Rollout]:
-    """The rollouts of a step, group after group: a function of (seed, step)."""
+    """Groups number first .. first + count - 1 of a step: a function of (seed, step, position),
+    where position is that of the step's first question in the task's stream."""
     if world.size > 1:  # a rank that stopped by itself would leave the others waiting
         if world.any(stopping()):
             raise KeyboardInterrupt
         stopping = _never
-    questions = task.train(seed, (step - 1) * config.prompts, config.prompts)
+    questions = task.train(seed, position + first, count)
+    modes = group_modes(config)
     repeated = [
-        (question, zlib.crc32(f"{seed}/{step}/{g * config.group_size + i}".encode()))
-        for g, question in enumerate(questions)
-        for i in range(config.group_size)
+        (question, zlib.crc32(f"{seed}/{step}/{g * config.group_size + i}".encode()), mode)
+        for g, question in enumerate(questions, first)
+        for i, mode in enumerate(modes)
     ]
     mine, played, failure = world.share(repeated), [], None
     try:
         if mine:
-            played = player.play(engine, *zip(*mine, strict=True), stopping=stopping)
+            asked, seeds, ways = zip(*mine, strict=True)
+            played = player.play(engine, asked, seeds, modes=ways, stopping=stopping)
     except TrainingError as error:
         failure = error
     if world.any(failure is not None):  # or the others would wait for ever
@@ -330,26 +413,23 @@ def _score(vlm: VisionLanguageModel, batch: Batch, config: mk.HDPOConfig) -> Ten
 
 
 def _measures(
-    rollouts: Sequence[Rollout],
-    advantages: mk.Advantages,
-    config: RLConfig,
-    updates: Sequence[dict[str, Tensor]],
+    played: Sequence[Rollout], config: RLConfig, updates: Sequence[dict[str, Tensor]]
 ) -> dict[str, Any]:
-    """What a step is reported by."""
-    scored = [r for r in rollouts if r.scored]
+    """What a step is reported by: rates over what the policy did by itself, in every group that was
+    played."""
+    own = [r for r in played if r.mode == "allowed"]
+    scored = [r for r in own if r.scored]
     count = max(len(scored), 1)
-    groups = torch.arange(len(rollouts)) // config.group_size
-    silent = torch.ones(int(groups[-1]) + 1, dtype=torch.bool)
-    silent[groups[advantages.acc_signal | advantages.tool_signal]] = False
     values: dict[str, Any] = {
         "reward": sum(r.accuracy_reward for r in scored) / count,
         "accuracy": sum(r.correct for r in scored) / count,
         "tool_rate": sum(r.calls > 0 for r in scored) / count,
         "calls": sum(r.calls for r in scored) / count,
         "formatted": sum(r.formatted for r in scored) / count,
-        "no_signal_share": silent.float().mean(),
-        "truncated": sum(r.status == "truncated" for r in rollouts),
-        "unscored": len(rollouts) - len(scored),
+        "no_signal_share": 1 - has_signal(group_advantages(played, config), config).float().mean(),
+        "truncated": sum(r.status == "truncated" for r in own),
+        "unscored": sum(not r.scored for r in played),
+        **arbitration(played),
     }
     for name in updates[0] if updates else ():
         values[name] = sum(update[name] for update in updates) / len(updates)

@@ -32,6 +32,7 @@ from trainer.reward import grade, score
 from trainer.tools import Toolbox
 from trainer.types import Mode, Observation, Question, Rollout, Session, TrainingError, Turn
 
+TAGS = {"answer": ANSWER_OPEN, "call": CALL_OPEN}
 _SENTINEL = "\u241fturn\u241f"
 CANCEL_SECONDS = 5.0
 """For what runs in the tools to give way to an interrupt."""
@@ -56,6 +57,14 @@ class Script(Protocol):
 
     def next_turn(self, observation: Observation | None) -> list[tuple[str, bool]]:
         """Pieces of the next turn, each with whether it is trained on."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trajectory as it was recorded: nothing is run. It ends at the first turn that nothing came
+    back on."""
+
+    turns: Sequence[Turn]
 
 
 class Player:
@@ -179,15 +188,23 @@ class Player:
         reason, the wanted action is opened, and the policy goes on from there. Replaces such turns
         in place -> the numbers of their rollouts. A turn that does nothing at all stays."""
         wanted = {"forbidden": "answer", "forced": "call"}
-        tags = {"answer": ANSWER_OPEN, "call": CALL_OPEN}
         cuts: dict[int, Sampled] = {}
         openings: list[list[int]] = []
+        if wanted.keys().isdisjoint(rollout.mode for rollout in rollouts):
+            return set()
         for i, (rollout, sampled) in enumerate(zip(rollouts, turns, strict=True)):
-            action = wanted.get(rollout.mode)
-            done = action and first_action(self.vlm.tokenizer.decode(sampled.ids))
-            if done and done[0] != action:
-                cuts[i], between = self._cut(sampled, done[1])
-                openings.append(self.vlm.encode(between + tags[action]))
+            action = first_action(self.vlm.tokenizer.decode(sampled.ids))
+            if action is None:
+                continue
+            name, at = action
+            cut, between = self._cut(sampled, at)
+            want = wanted.get(rollout.mode, name)
+            if want == name:
+                through, _ = self._cut(sampled, at + len(TAGS[name]), whole=True)
+                rollout.choice = sum(through.logprob[len(cut.ids) :])
+            else:
+                cuts[i] = cut
+                openings.append(self.vlm.encode(between + TAGS[want]))
         if not cuts:
             return set()
         left = [self.limits.max_new_tokens - len(cut.ids) for cut in cuts.values()]
@@ -201,36 +218,51 @@ class Player:
             )
         for (i, cut), ending, room in zip(cuts.items(), endings, left, strict=True):
             turns[i] = _joined(cut, ending, room)
+            rollouts[i].choice = sum(turns[i].logprob[n] for n in turns[i].forced)
         return set(cuts)
 
-    def _cut(self, sampled: Sampled, at: int) -> tuple[Sampled, str]:
-        """The ids that lie wholly before place `at` of a turn's text, and the text between."""
+    def _cut(self, sampled: Sampled, at: int, *, whole: bool = False) -> tuple[Sampled, str]:
+        """The ids that lie wholly before place `at` of a turn's text, and the text between. whole:
+        and the id that reaches over it."""
         decode = self.vlm.tokenizer.decode
         text = decode(sampled.ids)
-        count = bisect_right(
-            range(len(sampled.ids)), at, key=lambda n: len(decode(sampled.ids[:n]))
-        )
-        count = max(count - 1, 0)
+        # Of how many ids the text is longer than `at`: one too many.
+        counts = range(len(sampled.ids) + 1)
+        count = bisect_right(counts, at, key=lambda n: len(decode(sampled.ids[:n]))) - 1
         while not text.startswith(before := decode(sampled.ids[:count])):  # half a character
             count -= 1
+        if whole and len(before) < at:
+            count += 1
         return Sampled(sampled.ids[:count], sampled.logprob[:count], "length"), text[
             len(before) : at
         ]
 
-    def demonstrate(self, questions: Sequence[Question], scripts: Sequence[Script]):
-        """Plays scripts against the real tools -> rollouts whose `policy` mask is what to train on.
+    def demonstrate(
+        self, questions: Sequence[Question], scripts: Sequence[Script | Recorded]
+    ) -> list[Rollout]:
+        """Plays scripts against the real tools, and recordings against none -> rollouts whose
+        `policy` mask is what to train on. What does not fit into a trajectory is cut and truncated,
+        all of it where the question alone does not.
 
         logprob is 0 everywhere: nothing was sampled.
         """
-        rollouts = [self._begin(question, n) for n, question in enumerate(questions)]
+        rollouts = [self._opened(question, n) for n, question in enumerate(questions)]
+        for rollout in rollouts:
+            if self._room(rollout) <= 0:
+                rollout.status = "truncated"
         last: dict[int, Observation | None] = dict.fromkeys(range(len(rollouts)))
-        active = list(range(len(rollouts)))
+        active = []
+        for i, (rollout, script) in enumerate(zip(rollouts, scripts, strict=True)):
+            if isinstance(script, Recorded):
+                self._recite(rollout, script)
+            elif rollout.status == "ok":
+                active.append(i)
         with self._sessions(rollouts) as sessions:
             while active:
                 calls = []
                 for i in active:
                     text = self._say(rollouts[i], scripts[i].next_turn(last[i]))
-                    if attempts_call(text):
+                    if attempts_call(text) and rollouts[i].status == "ok":
                         calls.append(i)
                 active = self._execute(calls, rollouts, sessions)
                 for i in active:
@@ -239,13 +271,29 @@ class Player:
             score(rollout)
         return rollouts
 
+    def _recite(self, rollout: Rollout, recorded: Recorded) -> None:
+        for turn in recorded.turns:
+            if rollout.status != "ok":
+                return
+            self._say(rollout, [(turn.text, True)])
+            rollout.calls += attempts_call(turn.text)
+            if turn.observation is None or rollout.status != "ok":
+                return
+            rollout.turns[-1] = turn
+            rollout.images += turn.observation.images
+            self._tell(rollout, turn.observation)
+
     def _say(self, rollout: Rollout, pieces: Sequence[tuple[str, bool]]) -> str:
-        """Appends a turn of a script; its text."""
+        """Appends a turn of a script, as far as there is room; its text."""
         ids, policy = [], []
         for piece, trained in pieces:
             new = self.vlm.encode(piece)
             ids += new
             policy += [trained] * len(new)
+        room = self._room(rollout)
+        if len(ids) > room:
+            ids, policy = ids[:room], policy[:room]
+            rollout.status = "truncated"
         self._append(rollout, ids, policy, [0.0] * len(ids))
         text = "".join(piece for piece, _ in pieces)
         rollout.turns.append(Turn(text))
@@ -297,12 +345,18 @@ class Player:
         ]
 
     def _begin(self, question: Question, seed: int) -> Rollout:
-        ids = self.vlm.encode(self._render(self._opening(question)), question.images)
-        if len(ids) >= self.limits.max_tokens:
+        rollout = self._opened(question, seed)
+        if self._room(rollout) <= 0:
             raise TrainingError(
-                f"question {question.id} takes {len(ids)} tokens with its images, and a trajectory "
-                f"may have {self.limits.max_tokens}: raise rollout.max_tokens, or leave it out"
+                f"question {question.id} takes {len(rollout.ids)} tokens with its images, and a "
+                f"trajectory may have {self.limits.max_tokens}: raise rollout.max_tokens, or leave "
+                "it out"
             )
+        return rollout
+
+    def _opened(self, question: Question, seed: int) -> Rollout:
+        """A rollout of which only the prompt is there, however long."""
+        ids = self.vlm.encode(self._render(self._opening(question)), question.images)
         given = [False] * len(ids)
         return Rollout(
             question, seed, ids, given, [0.0] * len(ids), list(question.images), len(ids)
@@ -408,6 +462,11 @@ class Player:
         if observation.status == "infra_error":
             rollout.status = "tool_infra"
             return False
+        return self._tell(rollout, observation)
+
+    def _tell(self, rollout: Rollout, observation: Observation) -> bool:
+        """Appends an observation, whose images the rollout has, and the start of the next turn;
+        False where there is no room for it."""
         suffix = self.vlm.encode(self._suffix(rollout.question, observation), observation.images)
         if len(rollout.ids) + len(suffix) >= self.limits.max_tokens:
             del rollout.images[len(rollout.images) - len(observation.images) :]

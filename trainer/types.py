@@ -135,6 +135,9 @@ class Rollout:
     forced: float | None = None
     """Logprob, under the sampling distribution, of the tokens that were put in the policy's place
     (`policy` is False for them); None where nothing was."""
+    choice: float | None = None
+    """Logprob of the opening tag of its first action, forced or not. Known where rollouts of
+    several modes were played together; None elsewhere, and where a first turn does nothing."""
     prompt_tokens: int = 0
     """Tokens that were read: prompt and observations, each once."""
     sampled_tokens: int = 0

@@ -15,7 +15,7 @@ from trainer import parallel
 from trainer.config import load
 from trainer.engines.hf import HFEngine
 from trainer.model import VisionLanguageModel
-from trainer.rl import _play, group_advantages, optimizer_batches
+from trainer.rl import _collect, group_advantages, optimizer_batches
 from trainer.rollout import Limits, Player
 from trainer.tasks import load_task
 
@@ -39,7 +39,11 @@ def learn(world: parallel.World, settings: list[str], lora: bool = False) -> dic
     loss_config = config.rl.loss.hdpo(2.0)
     with Player(played, task.toolbox(), Limits()) as player:
         for step in range(1, STEPS + 1):
-            rollouts = _play(task, player, engine, config.rl, 0, step, lambda: False, world)
+            position = (step - 1) * config.rl.prompts
+            collected = _collect(
+                task, player, engine, config.rl, 0, step, position, lambda: False, world
+            )
+            rollouts = collected.rollouts
             for i, rollout in enumerate(rollouts):
                 rollout.correct, rollout.calls = i % 3 != 0, i % 2
             tokens.append([rollout.ids for rollout in rollouts])

@@ -1,0 +1,130 @@
+"""Which rollouts a step of RL learns from, and what they tell of its questions.
+
+Two things go wrong silently when groups are taken as they come. Groups without signal waste the
+step: dynamic sampling (DAPO, arXiv 2503.14476) draws others in their place. And a call that was
+once unlearned where it was needed does not come back: a group that never calls says nothing of
+calls. Counterfactual rollouts open the other action in the policy's place, so that both ways are
+compared on every question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metis_kernels as mk
+from trainer.config import RLConfig
+from trainer.types import Mode, Rollout
+
+
+def group_modes(config: RLConfig) -> list[Mode]:
+    """How the rollouts of a group are played: the policy's own first."""
+    free = config.group_size - config.forced_calls - config.forced_answers
+    return (
+        ["allowed"] * free
+        + ["forced"] * config.forced_calls
+        + ["forbidden"] * config.forced_answers
+    )
+
+
+def importance_weights(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
+    """[N] float32: how much likelier the policy does what a rollout did than its group did.
+
+    The rollouts of a group are draws from one mixture: of G, f by the policy alone, c with a call
+    and a with an answer opened behind the policy's reason. Where the policy begins an action with
+    probability p, the mixture does with (f p + c) / G or (f p + a) / G; the ratio of the two (the
+    balance heuristic of multiple importance sampling) is at most G / f. 1 for all where nothing is
+    forced, and for a turn without any action, which is never redirected.
+    """
+    modes = group_modes(config)
+    free, size = modes.count("allowed"), config.group_size
+    opened = {"call": config.forced_calls, "answer": config.forced_answers}
+    weights = []
+    for rollout in rollouts:
+        if free == size or rollout.choice is None:
+            weights.append(1.0)
+            continue
+        p = math.exp(rollout.choice)
+        weights.append(size * p / (free * p + opened[_first_action(rollout)]))
+    return torch.tensor(weights)
+
+
+def _first_action(rollout: Rollout) -> str:
+    return "call" if rollout.calls else "answer"
+
+
+def has_signal(advantages: mk.Advantages, config: RLConfig) -> Tensor:
+    """[groups] bool: whether a group moves the policy in either channel."""
+    signal = advantages.acc_signal.clone()
+    if config.reward == "decoupled" and config.loss.w_tool:
+        signal |= advantages.tool_signal
+    return signal.reshape(-1, config.group_size).any(1)
+
+
+def channel_shares(
+    rollouts: Sequence[Rollout], advantages: mk.Advantages, weights: Tensor, config: RLConfig
+) -> dict[str, Any]:
+    """The implicit curriculum: which channel moves the policy, and in how many groups.
+
+    weights [N]: of importance. `gradient_share/tool` is the tool channel's part of
+    sum |d loss / d logprob| over the tokens of the step, at ratio 1: accuracy first, while groups
+    are still wrong, and economy only once they are right. None where neither moves it.
+    """
+    w_tool = config.loss.w_tool if config.reward == "decoupled" else 0.0
+    tokens = torch.tensor([sum(rollout.policy) for rollout in rollouts])
+    scored = torch.tensor([rollout.scored for rollout in rollouts])
+    n_acc, n_tool = mk.hdpo_normalizers(advantages, tokens, scored, config.loss.tool_norm)
+    pull = {
+        "acc": config.loss.w_acc * advantages.acc / n_acc.clamp_min(1),
+        "tool": w_tool * advantages.tool / n_tool.clamp_min(1),
+    }
+    total = {name: float((one.abs() * weights * tokens).sum()) for name, one in pull.items()}
+    both = sum(total.values())
+    acc, tool = (
+        flags.reshape(-1, config.group_size).any(1)
+        for flags in (advantages.acc_signal, advantages.tool_signal & bool(w_tool))
+    )
+    return {
+        "gradient_share/acc": total["acc"] / both if both else None,
+        "gradient_share/tool": total["tool"] / both if both else None,
+        "groups/acc": (acc & ~tool).float().mean(),
+        "groups/tool": (tool & ~acc).float().mean(),
+        "groups/both": (acc & tool).float().mean(),
+        "groups/silent": (~acc & ~tool).float().mean(),
+    }
+
+
+def arbitration(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """How often forced calls and forced answers were right in a step; empty without any."""
+    values = {}
+    for mode, name in (("forced", "call"), ("forbidden", "answer")):
+        those = [r.correct for r in rollouts if r.scored and r.mode == mode]
+        if those:
+            values[f"forced_{name}_accuracy"] = sum(those) / len(those)
+    return values
+
+
+def group_records(
+    step: int, rollouts: Sequence[Rollout], config: RLConfig, silent: Sequence[bool]
+) -> Iterator[dict[str, Any]]:
+    """One record a group for groups.jsonl: the pass-rate history of every prompt. Rates are over
+    the policy's own scored rollouts; None where there is none. silent [groups]: dropped for want of
+    a signal."""
+    size = config.group_size
+    for number, start in enumerate(range(0, len(rollouts), size)):
+        group = rollouts[start : start + size]
+        own = [r for r in group if r.scored and r.mode == "allowed"]
+        yield {
+            "step": step,
+            "question": group[0].question.id,
+            "kind": group[0].question.kind,
+            "rollouts": len(own),
+            "pass_rate": sum(r.correct for r in own) / len(own) if own else None,
+            "tool_rate": sum(r.calls > 0 for r in own) / len(own) if own else None,
+            "dropped": bool(silent[number]),
+            **arbitration(group),
+        }
