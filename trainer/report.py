@@ -111,6 +111,26 @@ def health(run: Run) -> list[dict[str, Any]]:
     return strip
 
 
+CURRICULUM = (
+    ("Gradient", {"gradient_share/acc": "acc", "gradient_share/tool": "tool"},
+     "each channel's share of |d loss / d logprob|"),
+    ("Groups with a signal", {"groups/acc_signal": "acc", "groups/tool_signal": "tool"},
+     "share of the groups that are learned from"),
+    ("Pass rates", {"groups/all_right": "acc", "groups/all_wrong": "ink"},
+     "share of groups all right (blue) and all wrong (grey); groups.jsonl has every prompt's"),
+)  # fmt: skip
+
+
+def curriculum(run: Run) -> list[dict[str, Any]]:
+    """What moved the policy, step by step: accuracy first, then economy."""
+    rows = run.metrics.get("rl", [])
+    charts = [
+        {"words": words, "note": note, "chart": line_chart(rows, keys, f"{words}: {note}")}
+        for words, keys, note in CURRICULUM
+    ]
+    return [one for one in charts if one["chart"] is not None]
+
+
 def kind_chart(run: Run, kind: str) -> Markup | None:
     keys = {f"accuracy/{kind}": "acc", f"tool_rate/{kind}": "tool"}
     return line_chart(run.metrics.get("rl", []), keys, f"accuracy and tool rate on {kind}")
@@ -279,6 +299,7 @@ def write_report(folder: str | Path) -> Path:
         sft_chart=line_chart(sft, {"loss": "ink"}, "loss of the cold start"),
         sft_loss=[y for _, y in series(sft, "loss")],
         kinds=[row | {"chart": kind_chart(run, row["kind"])} for row in kind_rows(run)],
+        curriculum=curriculum(run),
         health=health(run),
         nonfinite=nonfinite(run),
         cards=cards(run),

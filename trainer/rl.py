@@ -41,6 +41,7 @@ from trainer.selection import (
     group_records,
     has_signal,
     importance_weights,
+    pass_rates,
 )
 from trainer.tasks import Task
 from trainer.types import Rollout, TrainingError
@@ -429,6 +430,7 @@ def _measures(
         "no_signal_share": 1 - has_signal(group_advantages(played, config), config).float().mean(),
         "truncated": sum(r.status == "truncated" for r in own),
         "unscored": sum(not r.scored for r in played),
+        **pass_rates(played, config),
         **arbitration(played),
     }
     for name in updates[0] if updates else ():

@@ -91,11 +91,26 @@ def channel_shares(
     return {
         "gradient_share/acc": total["acc"] / both if both else None,
         "gradient_share/tool": total["tool"] / both if both else None,
-        "groups/acc": (acc & ~tool).float().mean(),
-        "groups/tool": (tool & ~acc).float().mean(),
-        "groups/both": (acc & tool).float().mean(),
-        "groups/silent": (~acc & ~tool).float().mean(),
+        "groups/acc_signal": acc.float().mean(),
+        "groups/tool_signal": tool.float().mean(),
     }
+
+
+def pass_rates(rollouts: Sequence[Rollout], config: RLConfig) -> dict[str, float]:
+    """Shares of the groups in which all, or none, of the policy's own scored rollouts are right."""
+    size = config.group_size
+    rates = [_pass_rate(rollouts[n : n + size]) for n in range(0, len(rollouts), size)]
+    known = [rate for rate in rates if rate is not None]
+    count = max(len(known), 1)
+    return {
+        "groups/all_right": sum(rate == 1 for rate in known) / count,
+        "groups/all_wrong": sum(rate == 0 for rate in known) / count,
+    }
+
+
+def _pass_rate(group: Sequence[Rollout]) -> float | None:
+    own = [r.correct for r in group if r.scored and r.mode == "allowed"]
+    return sum(own) / len(own) if own else None
 
 
 def arbitration(rollouts: Sequence[Rollout]) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def group_records(
             "question": group[0].question.id,
             "kind": group[0].question.kind,
             "rollouts": len(own),
-            "pass_rate": sum(r.correct for r in own) / len(own) if own else None,
+            "pass_rate": _pass_rate(group),
             "tool_rate": sum(r.calls > 0 for r in own) / len(own) if own else None,
             "dropped": bool(silent[number]),
             **arbitration(group),

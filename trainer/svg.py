@@ -376,7 +376,8 @@ def line_chart(rows: list[dict[str, Any]], keys: Mapping[str, str], label: str) 
         return None
     steps = [x for points in curves.values() for x, _ in points]
     plot = Plot(3, 6, 194, 56, (min(steps), max(steps)))
-    if not all("rate/" in key or "accuracy" in key for key in curves):
+    shares = ("rate/", "accuracy", "share/", "groups/")
+    if not all(any(word in key for word in shares) for key in curves):
         values = [y for points in curves.values() for _, y in points]
         low, high = min(values), max(values)
         plot.y_range = (low, high) if high > low else (low - 1, high + 1)

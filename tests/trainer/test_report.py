@@ -46,6 +46,8 @@ def test_whole_run(whole):
             assert report.short_percent(summary[stage][key]) in "".join(page.text), (stage, key)
     for words in ("5 min 12 s", "Arbitration", "Health", "Resolved config", "w_tool: 0.15", *NEEDS):
         assert words in page.words, words
+    for words in ("What moved the policy", *(words for words, _, _ in report.CURRICULUM)):
+        assert words in page.words, words
     assert "Not finite: grad_norm at rl 4" in page.words
     assert "emblem50needed8.0" in "".join(page.words.split())  # n, tool, by itself
     assert "all40062.5%41.8" in "".join(page.words.split())

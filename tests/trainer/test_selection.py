@@ -18,6 +18,7 @@ from trainer.selection import (
     group_records,
     has_signal,
     importance_weights,
+    pass_rates,
 )
 from trainer.types import Question, Rollout
 
@@ -211,14 +212,23 @@ def test_shares_are_those_of_the_gradient():
     assert values["gradient_share/tool"] == pytest.approx(pull[1] / sum(pull), rel=1e-5)
     assert values["gradient_share/acc"] + values["gradient_share/tool"] == pytest.approx(1)
     # MIXED has two right rollouts that called as often: no signal in the tool channel.
-    assert (values["groups/acc"], values["groups/tool"], values["groups/both"]) == (0.5, 0.5, 0.0)
+    assert (values["groups/acc_signal"], values["groups/tool_signal"]) == (0.5, 0.5)
 
 
 def test_a_step_without_signal_has_no_shares():
     config = _config()
     rollouts = _group(*SILENT)
     values = channel_shares(rollouts, group_advantages(rollouts, config), torch.ones(4), config)
-    assert values["gradient_share/tool"] is None and values["groups/silent"] == 1.0
+    assert values["gradient_share/tool"] is None and values["groups/tool_signal"] == 0.0
+
+
+def test_pass_rates_by_group():
+    rollouts = _group(*SILENT) + _group(*MIXED) + _group(*[(False, 0)] * 4)
+    rollouts[4].status = "unscored"
+    for rollout in rollouts[:2]:
+        rollout.correct, rollout.mode = False, "forced"
+    values = pass_rates(rollouts, _config())
+    assert values == {"groups/all_right": 1 / 3, "groups/all_wrong": 1 / 3}
 
 
 def test_a_run_writes_the_history_of_its_prompts(tmp_path):
