@@ -2,9 +2,9 @@
 
     python -m bench.render       writes;  --check exits 1 where the README or a picture is stale
 
-demo.json and compare.json have a block each. Timings are told by what a file holds and not by its
-name: those of whole steps share a block (`bench.render_steps`), those of the kernels another, file
-after file, each with its pictures next to it.
+demo.json, curated.json and compare.json have a block each. Timings are told by what a file holds
+and not by its name: those of whole steps share a block (`bench.render_steps`), those of the kernels
+another, file after file, each with its pictures next to it.
 """
 
 from __future__ import annotations
@@ -96,12 +96,57 @@ def compare(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def curated(record: dict[str, Any]) -> str:
+    """The cold start from raw and from curated trajectories, and what HDPO makes of the latter."""
+    runs = record["runs"]
+    reasons = {reason for run in runs for reason in run["curation"]["reasons"]}
+    count = {
+        reason: _spread([run["curation"]["reasons"].get(reason, 0) for run in runs], "{}")
+        for reason in sorted(reasons)
+    }
+    kept = _spread([run["curation"]["kept"] for run in runs], "{}")
+    minutes = _spread([run["seconds"] / 60 for run in runs], "{:.1f}")
+    lines = [
+        f"{runs[0]['curation']['rows']:,} raw trajectories a seed, {kept} kept. Dropped: "
+        + ", ".join(f"{reason} {number}" for reason, number in count.items())
+        + f". Seeds {', '.join(str(run['seed']) for run in runs)}, {minutes} minutes each; "
+        f"{runs[0]['sft']['n']} held-out questions, range over the seeds:",
+        "",
+        "| | tool rate | redundant calls | missed calls | calls per question | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    stages = {
+        "cold start, raw": "uncurated", "cold start, curated": "sft", "then HDPO": "final"
+    }  # fmt: skip
+    for words, key in stages.items():
+        side = [run[key] for run in runs]
+        cells = [
+            _spread([one[name] for one in side], form)
+            for name, form in (
+                ("tool_rate", "{:.1%}"),
+                ("redundant_rate", "{:.1%}"),
+                ("missed_rate", "{:.1%}"),
+                ("calls", "{:.2f}"),
+                ("accuracy", "{:.1%}"),
+            )
+        ]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    gains = _spread(
+        [run["sft"]["accuracy"] - run["uncurated"]["accuracy"] for run in runs], "{:+.1%}"
+    )
+    return "\n".join([*lines, "", f"Curation alone, seed by seed: {gains} accuracy."])
+
+
 def _spread(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "compare": compare}
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "curated": curated,
+    "compare": compare,
+}
 
 
 # ---- timings -------------------------------------------------------------------------------------
@@ -396,8 +441,8 @@ def _error(value: float | None) -> str:
 
 
 def render(text: str, results: Path = RESULTS) -> str:
-    """The README with every block written anew from results. Without demo.json or compare.json
-    theirs stays; the block of the timings then says that there are none."""
+    """The README with every block written anew from results. Without demo.json or the like its own
+    stays; the block of the timings then says that there are none."""
     for name, write in BLOCKS.items():
         path = results / f"{name}.json"
         if path.exists():

@@ -9,7 +9,6 @@ Under torchrun every process runs this program; the first one alone writes and s
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -17,11 +16,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainer import curate_cli, demo, eval_cli, tools_cli
 from trainer import plan as planning
-from trainer import tools_cli
 from trainer.config import Config, ConfigError, load
 from trainer.log import Muted, RunError, RunLog, open_run
 from trainer.parallel import World, join, leave
@@ -95,20 +95,30 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    demo = command("demo", _demo, "SFT cold start, HDPO and evaluation of the tiny agent")
-    demo.add_argument(
+    demo_command = command("demo", _demo, "SFT cold start, HDPO and evaluation of the tiny agent")
+    demo_command.add_argument(
         "--compare",
         action="store_true",
         help="also GRPO and the coupled reward at two strengths, three seeds each (half an hour)",
     )
+    demo_command.add_argument(
+        "--curate",
+        action="store_true",
+        help="the cold start from raw trajectories, as they are and curated, side by side",
+    )
     command("sft", _sft, "SFT cold start alone; the model is left in RUN/sft")
     command("rl", _rl, "HDPO alone, from model.path; the model is left in RUN/final")
-    evaluate = command("eval", _evaluate, "evaluate model.path on held-out questions")
-    evaluate.add_argument("--no-tools", action="store_true", help="ask for direct answers")
+    text = "evaluate models, or the agent behind a server, on held-out questions"
+    eval_cli.add_arguments(command("eval", _evaluate, text))
+    text = "finished evaluations side by side: accuracy against tool rate"
+    eval_cli.add_compare_arguments(command("compare", eval_cli.compare, text, trains=False))
     report = command("report", _report, "write RUN/report.html again", trains=False)
     report.add_argument("folder", type=Path, metavar="RUN")
     planning.add_arguments(
         command("plan", planning.run, "the memory of an update, before it is run", trains=False)
+    )
+    curate_cli.add_arguments(
+        command("curate", curate_cli.run, "choose the data that is worth training on", trains=False)
     )
     tools_cli.add_arguments(
         command("tools", tools_cli.run, "serve, try or list tools, index a corpus", trains=False)
@@ -191,13 +201,13 @@ class Program:
         if self.world.main:
             self.played.save(self.folder / name)
 
-    def sft(self) -> None:
+    def sft(self, source: Any = None, log: RunLog | None = None) -> None:
+        """source: whose demonstrations are learned from; None: the task's."""
         from trainer.sft import demonstrate, sft
 
-        config, log = self.config.sft, self.log
-        seed, world = self.config.seed, self.world
-        rollouts = demonstrate(self.task, self.player, config, seed, log, self.stopping, world)
-        optimizer = self.config.optimizer
+        source, log = source or self.task, log or self.log
+        config, seed, world = self.config.sft, self.config.seed, self.world
+        rollouts = demonstrate(source, self.player, config, seed, log, self.stopping, world)
         sft(
             self.vlm,
             rollouts,
@@ -205,11 +215,12 @@ class Program:
             seed,
             log,
             self.stopping,
-            optimizer_config=optimizer,
+            optimizer_config=self.config.optimizer,
             world=world,
         )
         world.refresh(self.played.model, self.vlm.model)
-        self._save("sft")
+        if log is self.log:
+            self._save("sft")
 
     def rl(self, config: Config | None = None, log: RunLog | None = None) -> None:
         from trainer.records import records
@@ -241,33 +252,40 @@ class Program:
     def evaluate(self, stage: str, *, tools: bool = True, log: RunLog | None = None):
         """Measures on the held-out questions; a few rollouts of each kind go to rollouts.jsonl with
         their images."""
+        from trainer.agents import LocalAgent
+        from trainer.answers import measure
         from trainer.evaluate import evaluate
         from trainer.records import records
 
         log = log or self.log
         questions = self.task.heldout(self.config.evaluate.questions)
-        player = self.player if tools else self.direct_player
-        measures, rollouts = evaluate(
-            player, self.greedy, questions, log, stage, self.stopping, self.world
+        agent = LocalAgent(stage, self.greedy, self.player, self.direct_player)
+        mode = "allowed" if tools else "direct"
+        answers, shown = evaluate(
+            agent, questions, log, stage, self.stopping, self.world, mode=mode
         )
-        shown: dict[str, list] = {}
-        for rollout in rollouts:
-            shown.setdefault(rollout.question.kind, []).append(rollout)
-        samples = [rollout for some in shown.values() for rollout in some[:3]]
-        log.rollouts(records(self.vlm, stage, 0, samples, images=True))
-        return measures
+        log.rollouts(records(self.vlm, stage, 0, shown, images=True))
+        return measure(answers)
+
+
+def _check(config: Config) -> None:
+    check_sizes(config)
+    check_model(config)
 
 
 @contextmanager
-def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]]]:
-    """Opens the run before any work; on the way out, whatever happened, the summary says how it
-    ended and the report is written."""
+def _program(
+    args: argparse.Namespace,
+    make: Callable[..., Any] = Program,
+    check: Callable[[Config], None] = _check,
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Opens the run before any work, and in it what `make` makes; on the way out, whatever
+    happened, the summary says how it ended and the report is written."""
     settings = list(args.settings)
     if args.seed is not None:
         settings.append(f"seed={args.seed}")
     config = load(args.config, settings)
-    check_sizes(config)
-    check_model(config)
+    check(config)
     if args.unsafe_no_sandbox:
         from trainer.tools.sandbox import permit_unsafe
 
@@ -279,7 +297,7 @@ def _program(args: argparse.Namespace) -> Iterator[tuple[Program, dict[str, Any]
         summary: dict[str, Any] = {"status": "failed", "seed": config.seed, "stages": {}}
         program = None
         try:
-            program = Program(config, folder, log, stopping, world)
+            program = make(config, folder, log, stopping, world)
             summary |= _versions(config)
             yield program, summary
             summary["status"] = "complete"
@@ -341,20 +359,17 @@ def _stopping(log: RunLog) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _timed(summary: dict[str, Any], log: RunLog, name: str) -> Iterator[None]:
-    start = log.seconds
-    try:
-        yield
-    finally:
-        spent = summary["stages"].get(name, 0.0) + log.seconds - start
-        summary["stages"][name] = round(spent, 1)
-
-
 def _write_report(folder: Path, log: RunLog) -> None:
-    from trainer.report import write_report
+    log.say(f"report: {_report_of(folder)}")
 
-    log.say(f"report: {write_report(folder)}")
+
+def _report_of(folder: Path) -> Path:
+    """Writes the report of a run, or that of an evaluation."""
+    from trainer import eval_report, report
+
+    if (folder / "eval.json").exists():
+        return eval_report.write_report(folder)
+    return report.write_report(folder)
 
 
 def _ended(summary: dict[str, Any]) -> int:
@@ -366,70 +381,13 @@ def _ended(summary: dict[str, Any]) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     with _program(args) as (program, summary):
-        log = program.log
-        if args.compare and (program.config.model.lora is not None or program.world.size > 1):
-            raise ConfigError("--compare resets all weights: it takes one process, no model.lora")
-        with _timed(summary, log, "evaluate_seconds"):
-            summary["base"] = program.evaluate("base_eval", tools=False)
-        with _timed(summary, log, "sft_seconds"):
-            program.sft()
-        with _timed(summary, log, "evaluate_seconds"):
-            summary["sft"] = program.evaluate("sft_eval")
-        summary["needed_rate"] = summary["sft"]["needed_rate"]
-        log.summary(summary)
-        with _timed(summary, log, "rl_seconds"):
-            program.rl()
-        with _timed(summary, log, "evaluate_seconds"):
-            summary["final"] = program.evaluate("final_eval")
-        log.table("held-out questions", summary["sft"], summary["final"], base=summary["base"])
-        if args.compare:
-            log.summary(summary | {"status": "complete"})
-            _compare(program, summary["sft"])
+        demo.run(program, summary, compare=args.compare, curate=args.curate)
     return _ended(summary)
-
-
-ARMS: dict[str, dict[str, Any]] = {
-    "HDPO w_tool=0.15": {},
-    "GRPO w_tool=0": {"loss": {"w_tool": 0.0}},
-    "coupled alpha=0.1": {"reward": "coupled", "coupled_alpha": 0.1},
-    "coupled alpha=1": {"reward": "coupled", "coupled_alpha": 1.0},
-}
-COMPARED_SEEDS = (0, 1, 2)
-
-
-def _compare(program: Program, before: dict[str, Any]) -> None:
-    """Every arm and seed from the one SFT checkpoint -> compare.json and its picture."""
-    from trainer.log import write_whole
-    from trainer.model import VisionLanguageModel
-    from trainer.pictures import write_comparison
-
-    start = VisionLanguageModel.load(program.folder / "sft", program.config.model.dtype)
-    weights = start.model.state_dict()
-    results: list[dict[str, Any]] = []
-    for name, changes in ARMS.items():
-        for seed in COMPARED_SEEDS:
-            tree = program.config.to_dict() | {"seed": seed}
-            tree["rl"] = tree["rl"] | changes
-            tree["rl"]["loss"] = program.config.to_dict()["rl"]["loss"] | changes.get("loss", {})
-            config = Config.model_validate(tree)
-            folder = program.folder / "compare" / f"{name.replace(' ', '-')}-seed{seed}"
-            folder.mkdir(parents=True)
-            program.vlm.model.load_state_dict(weights)
-            program.log.say(f"{name}, seed {seed}")
-            with RunLog(folder, console=program.log.console) as log:
-                log.config(config.to_dict())
-                program.rl(config, log)
-                final = program.evaluate("final_eval", log=log)
-                log.summary({"seed": seed, "sft": before, "final": final, "status": "complete"})
-            results.append({"name": name, "seed": seed, "sft": before, "final": final})
-            table = {"seeds": list(COMPARED_SEEDS), "arms": results}
-            write_whole(program.folder / "compare.json", json.dumps(table))
-    write_comparison(program.folder)
 
 
 def _sft(args: argparse.Namespace) -> int:
     with _program(args) as (program, summary):
-        with _timed(summary, program.log, "sft_seconds"):
+        with program.log.timed(summary, "sft_seconds"):
             program.sft()
         summary["sft"] = program.evaluate("sft_eval")
         program.log.table("held-out questions", summary["sft"])
@@ -440,7 +398,7 @@ def _rl(args: argparse.Namespace) -> int:
     with _program(args) as (program, summary):
         summary["sft"] = program.evaluate("sft_eval")
         summary["needed_rate"] = summary["sft"]["needed_rate"]
-        with _timed(summary, program.log, "rl_seconds"):
+        with program.log.timed(summary, "rl_seconds"):
             program.rl()
         summary["final"] = program.evaluate("final_eval")
         program.log.table("held-out questions", summary["sft"], summary["final"])
@@ -448,22 +406,24 @@ def _rl(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    with _program(args) as (program, summary):
-        summary["final"] = program.evaluate("final_eval", tools=not args.no_tools)
-        program.log.table("held-out questions", summary["final"])
+    make = partial(eval_cli.Evaluation, args)
+    with _program(args, make, lambda config: eval_cli.check(config, args)) as (program, summary):
+        result = program.run()
+        measures = next(iter(result["models"].values()))["modes"][result["mode"]]
+        summary |= {"final": measures, "needed_rate": measures["needed_rate"]}
     return _ended(summary)
 
 
 def _report(args: argparse.Namespace) -> int:
     from trainer.pictures import write_comparison, write_picture
-    from trainer.report import write_report
 
     if not args.folder.is_dir():
         raise FileNotFoundError(f"no run folder at {args.folder}")
     if (args.folder / "compare.json").exists():
         print(write_comparison(args.folder))
-    print(write_picture(args.folder))
-    print(write_report(args.folder))
+    if not (args.folder / "eval.json").exists():
+        print(write_picture(args.folder))
+    print(_report_of(args.folder))
     return DONE
 
 

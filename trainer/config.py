@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 CurateStage = Literal[
-    "rules", "execute", "answer", "duplicates", "solvable", "pass_rate", "judge", "balance"
+    "rules", "duplicates", "execute", "answer", "solvable", "pass_rate", "judge", "balance"
 ]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -98,13 +98,13 @@ class DataConfig(Section):
     """Where `task: file` has its questions from; layouts are found out from the columns."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders or patterns of questions: parquet or JSONL."""
+    """Files, folders or patterns of questions: parquet, JSONL or TSV."""
     heldout: tuple[str, ...] | None = None
     """Questions for evaluation; null: those of `paths` whose id's hash is in the lowest
     heldout_share, which are then not trained on."""
     heldout_share: float = Field(0.05, ge=0, lt=1)
     demonstrations: tuple[str, ...] | None = None
-    """Recorded trajectories for the cold start; their calls are made anew."""
+    """Recorded trajectories for the cold start; see sft.observations."""
     layout: str | None = None
     """null: from the columns."""
     max_bad: float = Field(0.05, ge=0, le=1)
@@ -144,6 +144,23 @@ class JudgeConfig(Section):
     """Share of rule-decided answers that the judge is asked about as well, for judge.jsonl; it
     changes no grade."""
     cache: str = "runs/judge-cache"
+
+
+class RewardConfig(Section):
+    """A reward function of one's own in the place of rules and judge. Its number is r_ans, and must
+    be in [0, 1]. A rollout for which it raises, takes too long or gives none (None, NaN, 1.5) is
+    unscored, in no channel and in no count, and never 0."""
+
+    function: str
+    """"path/to/file.py:name" or "package.module:name"."""
+    style: Literal["trl", "verl"] | None = None
+    """trl: name(prompts, completions, **columns) -> a list. verl: name(data_source, solution_str,
+    ground_truth, extra_info) -> a number, or a dict with a "score". null: by its parameters."""
+    correct_at: float = Field(1.0, gt=0, le=1)
+    """From which number on an answer counts as right: for accuracy, and for the tool channel, in
+    which the right answers of a group compete."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds of one call."""
 
 
 class AgentConfig(Section):
@@ -189,7 +206,11 @@ class RolloutConfig(Section):
 
 class SFTConfig(Section):
     demonstrations: int = Field(2000, ge=1)
-    """Trajectories of the cold start, played once against the real tools."""
+    """Trajectories of the cold start, played once."""
+    observations: Literal["executed", "recorded"] = "executed"
+    """executed: every call of a demonstration is made, with the real tools. recorded, for task
+    file: what data.demonstrations say came back is shown and nothing runs; trajectories that are
+    cut off or break the format are learnt from as far as they go."""
     direct_share: float = Field(0.06, ge=0, le=1)
     """Share of demonstrations, of the kinds that can be answered without a tool, that do so. With
     none at all there is nothing for RL to discover."""
@@ -250,11 +271,10 @@ class RLConfig(Section):
     that carry no signal (all right or all wrong with as many calls). 0: groups are taken as they
     come."""
     forced_calls: int = Field(0, ge=0)
-    """Counterfactual rollouts: of a group, those whose first action is made a call."""
+    """Counterfactual rollouts: of a group, those whose first action is made a call. They bring back
+    calls that were unlearned where they are needed."""
     forced_answers: int = Field(0, ge=0)
-    """And those whose first action is made an answer. Both are put between the policy's own reason
-    and what it then goes on with; what was put there is not trained on, and every rollout of the
-    group is weighted by its importance."""
+    """And those whose first action is made an answer. See trainer/selection.py."""
     updates: int = Field(1, ge=1)
     """Optimizer steps on the rollouts of a step; past the first the policy is off-policy and the
     clips are at work. Each takes its own share of the groups."""
@@ -292,13 +312,16 @@ class EvaluateConfig(Section):
     """Held-out questions, in the proportions of the task's mix."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
+    samples: int = Field(1, ge=1)
+    """Trajectories of a question, of each way of playing it, in `metis eval`; more than one want a
+    temperature."""
 
 
 class CurateConfig(Section):
     """What `metis curate` does with raw data. A row is charged to the first stage that drops it."""
 
     stages: tuple[CurateStage, ...] | None = None
-    """Which stages are asked for. sft: rules, execute, answer, duplicates, solvable, judge. rl:
+    """Which stages are asked for. sft: rules, duplicates, execute, answer, solvable, judge. rl:
     rules, duplicates, pass_rate, judge, balance. null: those that need no model; solvable and
     pass_rate where model.path or agent is set, and judge where judge is."""
     k: int = Field(8, ge=1)
@@ -360,6 +383,8 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     judge: JudgeConfig | None = None
+    reward: RewardConfig | None = None
+    """null: answers are graded by rules, and by `judge`."""
     agent: AgentConfig | None = None
     tools: ToolsConfig = ToolsConfig()
     model: ModelConfig = ModelConfig()
@@ -374,6 +399,16 @@ class Config(Section):
     def _check(self):
         if self.task == "file" and not self.data.paths:
             raise ValueError("task is file, but data.paths names no file")
+        if self.reward is not None and self.judge is not None:
+            raise ValueError(
+                "reward.function decides alone, so the judge would never be asked; leave out "
+                "judge, or reward"
+            )
+        if self.task != "file" and self.sft.observations == "recorded":
+            raise ValueError(
+                f"sft.observations is recorded, but the task {self.task} has no recordings; set "
+                "task=file and data.demonstrations"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:

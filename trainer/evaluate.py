@@ -1,6 +1,7 @@
 """Evaluation on held-out questions: accuracy, tool rate, and who called where it was needed.
 
     metis eval model.path=runs/demo/final
+    metis eval --arbitrate --model before=runs/demo/sft --model after=runs/demo/final
 
 A total can hide that a tool was unlearned where it is needed, so every number also comes by kind.
 """
@@ -10,80 +11,88 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainer.engines.hf import HFEngine
+from trainer import answers as kept
+from trainer.agents import Agent
+from trainer.answers import Answer
 from trainer.log import RunLog
 from trainer.parallel import World
-from trainer.rollout import Player
-from trainer.types import Question, Rollout
+from trainer.types import Mode, Question, Rollout
 
 _SEED = 1_000_003
 """Of the tools' luck in evaluation: the same for every model that is evaluated."""
+SHOWN = 3
+"""Rollouts of each kind that are handed back whole."""
 
 
 def evaluate(
-    player: Player,
-    engine: HFEngine,
+    agent: Agent,
     questions: Sequence[Question],
     log: RunLog,
     name: str,
     stopping: Callable[[], bool],
     world: World | None = None,
-) -> tuple[dict[str, Any], list[Rollout]]:
-    """Plays every question once, each rank its share -> (measures, rollouts in the order of the
-    questions)."""
+    *,
+    mode: Mode = "allowed",
+    samples: int = 1,
+    record: Callable[[Sequence[Answer]], None] = lambda answers: None,
+) -> tuple[list[Answer], list[Rollout]]:
+    """Plays every question `samples` times, each rank its share -> (answers in the order of the
+    questions, all samples of one after the other; the first rollouts of each kind).
+
+    Seeds depend on the question's place and the sample alone: modes and models are played with the
+    same. record: is handed the answers of a batch as soon as they are there. Raises
+    KeyboardInterrupt once `stopping` is true; what was recorded by then stays.
+    """
     world = world or World()
-    mine = world.share(list(enumerate(questions)))
-    rollouts: list[Rollout] = []
+    count = len(questions)
+    asked = [(n, sample) for n in range(count) for sample in range(samples)]
+    mine = world.share(asked)
+    found: list[Answer] = []
+    shown: list[Rollout] = []
     with log.progress(name, len(mine)) as bar:
-        for start in range(0, len(mine), engine.max_batch):
-            part = mine[start : start + engine.max_batch]
-            seeds = [_SEED + n for n, _ in part]
-            asked = [question for _, question in part]
-            rollouts += player.play(
-                engine, asked, seeds, stopping=stopping if world.size == 1 else lambda: False
+        for start in range(0, len(mine), agent.batch):
+            part = mine[start : start + agent.batch]
+            rollouts = agent.play(
+                [questions[n] for n, _ in part],
+                [_SEED + n + sample * count for n, sample in part],
+                mode=mode,
+                stopping=stopping if world.size == 1 else lambda: False,
             )
-            bar.advance(len(part))
-    rollouts = world.gather(rollouts)
-    return measure(rollouts), rollouts
+            batch = [
+                Answer.of(rollout, agent.name, sample)
+                for rollout, (_, sample) in zip(rollouts, part, strict=True)
+            ]
+            if world.size == 1:
+                record(batch)
+            found += batch
+            shown = _first(shown + rollouts)
+            scored = [answer for answer in found if answer.scored]
+            bar.advance(len(part), **_numbers(scored))
+    if world.size > 1:
+        found, shown = world.gather(found), _first(world.gather(shown))
+        record(found)
+    return found, shown
 
 
 def measure(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Rates over scored rollouts; `redundant_rate` is calls where none is needed, `missed_rate` no
-    call where one is (both None where there is no such question)."""
-    scored = [rollout for rollout in rollouts if rollout.scored]
-    idle = [r for r in scored if r.question.needs_tool is False]
-    needy = [r for r in scored if r.question.needs_tool]
-    kinds = dict.fromkeys(rollout.question.kind for rollout in rollouts)
+    """The measures of rollouts: see trainer.answers.measure."""
+    return kept.measure([Answer.of(rollout) for rollout in rollouts])
+
+
+def _first(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The first few of each kind."""
+    by_kind: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        some = by_kind.setdefault(rollout.question.kind, [])
+        if len(some) < SHOWN:
+            some.append(rollout)
+    return [rollout for some in by_kind.values() for rollout in some]
+
+
+def _numbers(scored: Sequence[Answer]) -> dict[str, float]:
+    if not scored:
+        return {}
     return {
-        **_rates(scored),
-        "redundant_rate": _share(r.calls > 0 for r in idle),
-        "missed_rate": _share(r.calls == 0 for r in needy),
-        "needed_rate": len(needy) / len(scored) if scored else None,
-        "truncated": sum(rollout.status == "truncated" for rollout in rollouts),
-        "unscored": len(rollouts) - len(scored),
-        "by_kind": {
-            kind: {
-                "needs_tool": next(
-                    r.question.needs_tool for r in rollouts if r.question.kind == kind
-                ),
-                **_rates([r for r in scored if r.question.kind == kind]),
-            }
-            for kind in kinds
-        },
+        "accuracy": sum(answer.correct for answer in scored) / len(scored),
+        "tool_rate": sum(answer.calls > 0 for answer in scored) / len(scored),
     }
-
-
-def _rates(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    return {
-        "n": len(rollouts),
-        "accuracy": _share(r.correct for r in rollouts),
-        "tool_rate": _share(r.calls > 0 for r in rollouts),
-        "calls": sum(r.calls for r in rollouts) / len(rollouts) if rollouts else None,
-        "direct_accuracy": _share(r.correct for r in rollouts if r.calls == 0),
-        "called_accuracy": _share(r.correct for r in rollouts if r.calls > 0),
-    }
-
-
-def _share(flags) -> float | None:
-    flags = list(flags)
-    return sum(flags) / len(flags) if flags else None

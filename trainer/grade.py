@@ -20,6 +20,7 @@ from typing import Any
 from PIL.Image import Image
 
 from trainer.judge import Case, Judge
+from trainer.reward_functions import RewardFunction
 from trainer.verify import MATH_SECONDS, MAX_ANSWER, RuleVerdict, truth_texts, verify
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class Answered:
     options: Mapping[str, str] | Sequence[str] | None = None
     id: str = ""
     """For the journal."""
+    decimals: int | None = None
+    """To how many the truth is rounded, where the data says so."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,13 @@ class Grader:
     judge: None: what no rule decides is wrong. audit: share of the rule-decided answers that the
     judge (or the auditor, a second one that rewards never see) is asked about as well; which ones
     is a pure function of the answer and the seed. journal: a JSONL file, one line an answer that a
-    judge was asked about; see `journal_counts`. rtol: see `verify`.
+    judge was asked about; see `journal_counts`. rtol: see `verify`. function: a reward function of
+    a user's, which then grades rollouts in the place of all this (`trainer.reward.grade`); from
+    correct_at on its number means right.
 
     `counts`: grades by "rule correct", "rule incorrect", "judge correct", "judge incorrect",
-    "unscored", "no judge"; audits by "audit agree", "audit disagree", "audit unscored".
+    "unscored", "no judge", those of a function by "function correct", "function incorrect",
+    "function unscored: <why>"; audits by "audit agree", "audit disagree", "audit unscored".
     """
 
     def __init__(
@@ -73,12 +79,15 @@ class Grader:
         max_answer: int = MAX_ANSWER,
         math_seconds: float = MATH_SECONDS,
         seed: int = 0,
+        function: RewardFunction | None = None,
+        correct_at: float = 1.0,
     ):
         if not 0 <= audit <= 1:
             raise ValueError(f"audit is a share of answers and must be in [0, 1], got {audit}")
         if audit and (auditor or judge) is None:
             raise ValueError("an audit needs a judge or an auditor")
         self.judge = judge
+        self.function, self.correct_at = function, correct_at
         self.auditor = auditor or judge
         self.audit = audit
         self.journal = None if journal is None else Path(journal)
@@ -96,6 +105,7 @@ class Grader:
             item.truths,
             question=item.question,
             options=item.options,
+            decimals=item.decimals,
             **self._rule,
         )
         if verdict.decided:

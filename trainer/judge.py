@@ -145,6 +145,17 @@ def parse_verdict(text: str) -> tuple[Literal["correct", "incorrect"], str] | No
     Exactly {"verdict": "CORRECT" | "INCORRECT", "reason": text}; neither a bare word nor a verdict
     inside other text counts, for a judge may quote the prediction.
     """
+    found = json_once(text)
+    if found is None or set(found) != {"verdict", "reason"}:
+        return None
+    verdict, reason = found["verdict"], found["reason"]
+    if verdict not in ("CORRECT", "INCORRECT") or not isinstance(reason, str):
+        return None
+    return verdict.lower(), reason[:MAX_REASON]
+
+
+def json_once(text: str) -> dict[str, Any] | None:
+    """A reply that is one JSON object, no key of which stands twice, and nothing else; or None."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
@@ -157,12 +168,7 @@ def parse_verdict(text: str) -> tuple[Literal["correct", "incorrect"], str] | No
         found = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or set(found) != {"verdict", "reason"}:
-        return None
-    verdict, reason = found["verdict"], found["reason"]
-    if verdict not in ("CORRECT", "INCORRECT") or not isinstance(reason, str):
-        return None
-    return verdict.lower(), reason[:MAX_REASON]
+    return found if isinstance(found, dict) else None
 
 
 class Judge:
@@ -176,8 +182,13 @@ class Judge:
 
     `counts`: correct, incorrect, unscored, cached, and unscored by cause ("unscored timeout",
     "unscored no verdict", "unscored down", ...); the same of audits behind "audit ". Used from one
-    event loop at a time.
+    event loop at a time. Another question is put to a judge by a subclass with another rubric,
+    reminder, schema, `message` and `parse`.
     """
+
+    rubric = RUBRIC
+    reminder = REMINDER
+    schema = SCHEMA
 
     def __init__(
         self,
@@ -209,6 +220,15 @@ class Judge:
         self._slots_of: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
         self._down = ""
         self._last = ""
+
+    def message(self, case: Case) -> str:
+        """What the judge is sent of a case, beside its pictures."""
+        return user_message(case, self.max_prediction)
+
+    @staticmethod
+    def parse(text: str) -> tuple[Literal["correct", "incorrect"], str] | None:
+        """(verdict, reason) of a reply, or None where it is no verdict."""
+        return parse_verdict(text)
 
     async def judge(self, case: Case, *, audit: bool = False) -> Judgement:
         """The verdict of one case. Equal cases that are under way at a time are asked once.
@@ -295,8 +315,8 @@ class Judge:
         return content_key(
             {
                 "model": self.client.model,
-                "rubric": RUBRIC,
-                "user": user_message(case, self.max_prediction),
+                "rubric": self.rubric,
+                "user": self.message(case),
                 "whole": hashlib.sha256(
                     case.prediction.encode("utf-8", "surrogatepass")
                 ).hexdigest(),
@@ -307,7 +327,7 @@ class Judge:
     async def _ask(self, case: Case) -> tuple[Judgement, str]:
         """(verdict, "") or (unscored, its cause)."""
         messages = [
-            {"role": "system", "content": RUBRIC},
+            {"role": "system", "content": self.rubric},
             {"role": "user", "content": self._content(case)},
         ]
         text = ""
@@ -317,13 +337,13 @@ class Judge:
                 messages = [
                     *messages,
                     {"role": "assistant", "content": quoted(text, 200)},
-                    {"role": "user", "content": REMINDER},
+                    {"role": "user", "content": self.reminder},
                 ]
             try:
                 text = await self._complete(messages)
             except EndpointError as error:
                 return Judgement("unscored", str(error)[:MAX_REASON]), error.kind
-            if verdict := parse_verdict(text):
+            if verdict := self.parse(text):
                 return Judgement(*verdict), ""
         said = f"the reply is no verdict: {ascii(text[:100])}"
         return Judgement("unscored", said), "no verdict"
@@ -333,7 +353,7 @@ class Judge:
         if self._schema is not False:
             try:
                 completion = await self.client.chat(
-                    messages, max_tokens=MAX_TOKENS, response_format=SCHEMA
+                    messages, max_tokens=MAX_TOKENS, response_format=self.schema
                 )
                 self._schema = True
                 return completion.text
@@ -351,7 +371,7 @@ class Judge:
         return completion.text
 
     def _content(self, case: Case) -> str | list[dict[str, Any]]:
-        text = user_message(case, self.max_prediction)
+        text = self.message(case)
         if not self.images or not case.images:
             return text
         images = [

@@ -3,6 +3,8 @@
     runs/<name>/config.yaml      what was asked for, every default resolved
                 metrics.jsonl    one line per optimizer step: stage, step, seconds, values
                 rollouts.jsonl   one line per kept trajectory
+                answers.jsonl    of an evaluation: one line per question, mode and sample
+                eval.json        and all that was computed of them
                 summary.json     written once, at the end, whole or not at all
                 report.html      made from the files above by `report.py`
 
@@ -39,11 +41,11 @@ from trainer.table import arbitration_table
 
 RUN_FILES = (
     "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html",
-    "pareto.svg", "demo.svg", "compare.json",
+    "pareto.svg", "demo.svg", "compare.json", "groups.jsonl", "eval.json", "answers.jsonl",
 )  # fmt: skip
 """The files that this program writes. Overwriting a run removes these, RUN_FOLDERS, and no more."""
 
-RUN_FOLDERS = ("sft", "final", "compare")
+RUN_FOLDERS = ("sft", "final", "compare", "raw", "curated", "uncurated")
 
 RESERVED = ("stage", "step", "seconds", "nonfinite")
 
@@ -265,6 +267,16 @@ class RunLog:
         """Seconds since this log was made."""
         return time.monotonic() - self._started
 
+    @contextlib.contextmanager
+    def timed(self, summary: dict[str, Any], name: str) -> Iterator[None]:
+        """Adds the seconds that are spent within to summary["stages"][name]."""
+        start = self.seconds
+        try:
+            yield
+        finally:
+            stages = summary.setdefault("stages", {})
+            stages[name] = round(stages.get(name, 0.0) + self.seconds - start, 1)
+
     def config(self, mapping: Mapping[str, Any]) -> None:
         """Write config.yaml, in the mapping's own order."""
         text = yaml.safe_dump(plain(mapping), sort_keys=False, allow_unicode=True)
@@ -287,6 +299,15 @@ class RunLog:
         """Append each record as one line of groups.jsonl."""
         for record in records:
             self._append("groups.jsonl", record)
+
+    def answers(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append each record as one line of answers.jsonl."""
+        for record in records:
+            self._append("answers.jsonl", record)
+
+    def evaluation(self, mapping: Mapping[str, Any]) -> None:
+        """Write eval.json, whole or not at all."""
+        self._whole("eval.json", strict_json(mapping, indent=1) + "\n")
 
     def summary(self, mapping: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""

@@ -136,6 +136,11 @@ class Completion:
     attempts: int
     seconds: float
     """From the first attempt on, waits between attempts included."""
+    stopped_by: str | None = None
+    """The stop string that ended it, "" where the server says that none did, None where it does
+    not say (vLLM: stop_reason; SGLang: matched_stop)."""
+    counted: bool = True
+    """Whether the tokens are the server's count, and not an estimate."""
 
 
 class OpenAIClient:
@@ -228,7 +233,7 @@ class OpenAIClient:
                         raise EndpointError(error.kind, f"{error} (attempt {attempt})") from None
                     await asyncio.sleep(wait)
                 else:
-                    return Completion(*parts, attempt, time.monotonic() - began)
+                    return Completion(*parts[:4], attempt, time.monotonic() - began, *parts[4:])
 
     def _wait(self, attempt: int, error: EndpointError) -> float:
         backoff = min(self.retry.longest, self.retry.first * 2 ** min(attempt - 1, 30))
@@ -242,8 +247,9 @@ class OpenAIClient:
 
     async def _attempt(
         self, http: Any, content: bytes, max_tokens: int, began: float
-    ) -> tuple[str, str | None, int, int]:
-        """(text, finish reason, tokens of the prompt, of the completion) of one request."""
+    ) -> tuple[str, str | None, int, int, str | None, bool]:
+        """(text, finish reason, tokens of the prompt, of the completion, what stopped it, whether
+        the server counted) of one request."""
         end = began + self.retry.seconds
         while (wait := self._not_before - time.monotonic()) > 0:  # the server asked for a rest
             if time.monotonic() + wait >= end:
@@ -262,11 +268,12 @@ class OpenAIClient:
             except (httpx.HTTPError, OSError) as error:
                 raise EndpointError("connection", f"{type(error).__name__}: {error}") from None
             self._check(status, headers, raw)
-            text, reason, prompt, completion = _completion(raw)
+            text, reason, prompt, completion, stopped_by = _completion(raw)
+            counted = prompt is not None and completion is not None
             prompt = len(content) // 4 if prompt is None else prompt
             completion = max_tokens if completion is None else completion
             spent, outcome = prompt + completion, "ok"
-            return text, reason, prompt, completion
+            return text, reason, prompt, completion, stopped_by, counted
         except EndpointError as error:
             outcome = error.kind
             raise
@@ -326,13 +333,14 @@ class OpenAIClient:
                 await http.aclose()
 
 
-def _completion(raw: bytes) -> tuple[str, str | None, int | None, int | None]:
+def _completion(raw: bytes) -> tuple[str, str | None, int | None, int | None, str | None]:
     """The parts of a chat completion; EndpointError("garbage") for anything else."""
     try:
         body = json.loads(raw)
         choice = body["choices"][0]
         text = choice["message"]["content"]
         reason = choice.get("finish_reason")
+        stopped_by = choice.get("stop_reason", choice.get("matched_stop", ...))
         usage = body.get("usage") or {}
         prompt, completion = (usage.get(f"{name}_tokens") for name in ("prompt", "completion"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
@@ -345,4 +353,8 @@ def _completion(raw: bytes) -> tuple[str, str | None, int | None, int | None]:
     if not isinstance(text, str):
         raise EndpointError("garbage", f"the content is a {type(text).__name__}, not a text")
     counted = [n if isinstance(n, int) and n >= 0 else None for n in (prompt, completion)]
-    return text, reason if isinstance(reason, str) else None, *counted
+    if stopped_by is ...:
+        stopped_by = None
+    elif not isinstance(stopped_by, str):  # null, or the id of a token that ends a turn
+        stopped_by = ""
+    return text, reason if isinstance(reason, str) else None, *counted, stopped_by

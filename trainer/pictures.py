@@ -84,10 +84,15 @@ class Arm:
     """(seed, EVAL)"""
 
     def spread(self, key: str, kind: str | None = None) -> tuple[float, float, float] | None:
-        """Mean, min and max over the seeds."""
+        """Mean, min and max over the seeds; of a single one its 95 % interval, where it has one."""
         evals = [e for _, e in self.points]
         if kind is not None:
             evals = [section(section(e, "by_kind"), kind) for e in evals]
+        if len(evals) == 1 and (interval := section(evals[0], "intervals").get(key)):
+            ends = (evals[0].get(key), *interval)
+            known = [end for end in map(number, ends) if end is not None]
+            if len(known) == 3:
+                return known[0], known[1], known[2]
         values = [v for e in evals if (v := number(e.get(key))) is not None]
         return (mean(values), min(values), max(values)) if values else None
 
@@ -162,7 +167,8 @@ def pareto(run: Run) -> Markup:
             if px is not None and py is not None:
                 said = f"accuracy {short_percent(py)}, tool rate {short_percent(px)}"
                 place = f"translate({plot.x(px):.1f},{plot.y(py):.1f})"
-                title = f"{arm.name}, seed {seed}: {said}"
+                named = arm.name if seed is None else f"{arm.name}, seed {seed}"
+                title = f"{named}: {said}"
                 marks.append(el("path", d=shape, transform=place, class_="mark", title=title))
         row = 84 + 42 * i
         name = arm.name if len(arm.name) <= 24 else arm.name[:23] + "…"

@@ -341,10 +341,13 @@ def _rounds_to(value: Fraction, decimals: int, target: Fraction) -> bool:
         return False
 
 
-def _close(answer: Quantity, truth: Quantity, rtol: float | None) -> Outcome:
+def _close(answer: Quantity, truth: Quantity, rtol: float | None, decimals: int | None) -> Outcome:
     a, t = answer.base, truth.base
     if a == t:
         return "correct"
+    if decimals is not None:
+        written = (a - truth.offset) / truth.factor
+        return "correct" if _rounds_to(written, decimals, truth.value) else "incorrect"
     difference = abs(a - t)
     if rtol is not None:
         return "correct" if difference <= Fraction(rtol) * abs(t) else "incorrect"
@@ -376,14 +379,20 @@ def _close(answer: Quantity, truth: Quantity, rtol: float | None) -> Outcome:
 
 
 def compare(
-    answer: Quantity, truth: Quantity, *, rtol: float | None = None, words: Collection[str] = ()
+    answer: Quantity,
+    truth: Quantity,
+    *,
+    rtol: float | None = None,
+    decimals: int | None = None,
+    words: Collection[str] = (),
 ) -> tuple[Outcome, str]:
     """Whether two quantities are the same, and the rule's name.
 
     Integers must be equal. A decimal number may be given with more digits than the truth has
     (3.14159 for 3.14), a fraction as a decimal of at least three digits. Past a twentieth of the
     truth a number is wrong; in between nobody is sure and the outcome is "undecided". With rtol,
-    a relative tolerance, all of this is replaced by |a - t| <= rtol * |t|.
+    a relative tolerance, all of this is replaced by |a - t| <= rtol * |t|; with decimals, by: the
+    answer, rounded to so many, is the truth.
 
     The answer may leave out the truth's unit. A unit, or an unknown word ("7 cats"), that the truth
     does not have must be one of `words`, those of the question; else nothing is sure. A currency
@@ -392,9 +401,9 @@ def compare(
     if answer.noun != truth.noun and not {answer.noun, truth.noun} - {""} <= set(words):
         return "undecided", "number.noun"
     if answer.dimension == truth.dimension:
-        return _close(answer, truth, rtol), "number"
+        return _close(answer, truth, rtol, decimals), "number"
     if NO_UNIT in (answer.dimension, truth.dimension):
-        return _unit_on_one_side(answer, truth, rtol, words)
+        return _unit_on_one_side(answer, truth, rtol, decimals, words)
     if {answer.dimension, truth.dimension} == {DEGREES, TEMPERATURE}:
         same = answer.value == truth.value
         return ("correct" if same else "undecided"), "number.degrees"
@@ -403,7 +412,11 @@ def compare(
 
 
 def _unit_on_one_side(
-    answer: Quantity, truth: Quantity, rtol: float | None, words: Collection[str]
+    answer: Quantity,
+    truth: Quantity,
+    rtol: float | None,
+    decimals: int | None,
+    words: Collection[str],
 ) -> tuple[Outcome, str]:
     if PERCENT in (answer.dimension, truth.dimension):
         share, whole = (
@@ -420,6 +433,6 @@ def _unit_on_one_side(
     ):
         return "undecided", "number.unit_added"
     bare, written = (Quantity(q.value, q.form, q.digits, q.decimals) for q in (answer, truth))
-    if _close(bare, written, rtol) == "correct":
+    if _close(bare, written, rtol, decimals) == "correct":
         return "correct", "number.unit_omitted"
     return "undecided", "number.unit_omitted"

@@ -13,7 +13,7 @@ from trainer.types import Rollout
 
 
 def records(
-    vlm: VisionLanguageModel,
+    vlm: VisionLanguageModel | None,
     stage: str,
     step: int,
     rollouts: Sequence[Rollout],
@@ -22,7 +22,8 @@ def records(
     images: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One record a rollout. `tokens` is [text, id, policy, logprob] each, a run of image
-    placeholders being one entry; `images` (PNG, base64) only where asked for: they are large."""
+    placeholders being one entry; of a rollout without ids, played by a server, its texts. `images`
+    (PNG, base64) only where asked for: they are large."""
     for index, rollout in enumerate(rollouts):
         question = rollout.question
         record = {
@@ -41,9 +42,10 @@ def records(
             "answer": rollout.answer,
             "correct": rollout.correct,
             "formatted": rollout.formatted,
+            **({} if rollout.score is None else {"score": rollout.score}),
             "acc_advantage": None if advantages is None else float(advantages.acc[index]),
             "tool_advantage": None if advantages is None else float(advantages.tool[index]),
-            "tokens": _tokens(vlm, rollout),
+            "tokens": _tokens(vlm, rollout) if rollout.ids else _texts(rollout),
         }
         if images:
             record["images"] = [_png(image) for image in rollout.images]
@@ -64,6 +66,21 @@ def _tokens(vlm: VisionLanguageModel, rollout: Rollout) -> list[list[Any]]:
             continue
         inside = False
         tokens.append([piece, index, policy, round(logprob, 4)])
+    return tokens
+
+
+def _texts(rollout: Rollout) -> list[list[Any]]:
+    """What was said, in place of tokens: [text, None, whether the policy wrote it, 0.0]."""
+    shown = len(rollout.question.images)
+    tokens: list[list[Any]] = [[f"<image {n + 1}>", None, False, 0.0] for n in range(shown)]
+    tokens.append([rollout.question.text + "\n", None, False, 0.0])
+    for turn in rollout.turns:
+        tokens.append([turn.text + "\n", None, True, 0.0])
+        if turn.observation is not None:
+            tokens.append([turn.observation.text + "\n", None, False, 0.0])
+            for _ in turn.observation.images:
+                shown += 1
+                tokens.append([f"<image {shown}>", None, False, 0.0])
     return tokens
 
 

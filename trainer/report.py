@@ -13,10 +13,11 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from trainer.pictures import arms_of, pareto
@@ -267,7 +268,17 @@ COMPARED = (
 def write_report(folder: str | Path) -> Path:
     """Write report.html from the files of a run folder, and return its path."""
     folder = Path(folder)
-    run = read_run(folder)
+    page = template("report.html.j2").render(context(read_run(folder)))
+    return save(folder / "report.html", page)
+
+
+def template(name: str) -> Template:
+    """A template of this folder, with autoescaping and the filters of `table`."""
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -279,12 +290,17 @@ def write_report(folder: str | Path) -> Path:
         percent=percent, short_percent=short_percent, short=short, visible=visible,
         duration=duration, number=number,
     )  # fmt: skip
+    return environment
+
+
+def context(run: Run) -> dict[str, Any]:
+    """What report.html.j2 shows of a run."""
     rl, sft = run.metrics.get("rl", []), run.metrics.get("sft", [])
     arms = arms_of(run)
     plot = Plot(56, 14, 560, 250, (0, float(max(last_step(run), 1))))
     drawing = curve_chart(run, plot, hover=True)
     curves = svg(720, 312, "accuracy and tool rate over RL", drawing, class_="chart")
-    page = environment.get_template("report.html.j2").render(
+    return dict(
         run=run,
         palettes=PALETTES,
         svg_style=svg_style(),
@@ -307,4 +323,3 @@ def write_report(folder: str | Path) -> Path:
         compared=[words for _, _, words in COMPARED],
         pareto=svg(720, 420, "accuracy against tool rate", pareto(run), class_="chart wide"),
     )
-    return save(folder / "report.html", page)

@@ -21,7 +21,7 @@ import numbers
 import os
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,12 @@ log = logging.getLogger(__name__)
 
 Style = Literal["trl", "verl"]
 
+_ROUNDING = 1e-6
+"""By which a number that was computed in float32 may be past a bound."""
+
+MAX_UNSCORED, WINDOW, MINIMUM = 0.9, 100, 20
+"""Share of the last WINDOW rows that may be unscored once there are MINIMUM: past it a run learns
+nothing."""
 MAX_ABANDONED = 4
 """Calls of one function that may hang in threads of their own: these cannot be ended."""
 
@@ -61,18 +67,35 @@ class UserReward:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The other numbers of a verl dict."""
 
+    @property
+    def cause(self) -> str:
+        """The kind of its reason, to be counted by: "raised ValueError", of which there are few."""
+        return self.reason.partition(":")[0]
 
-def row_of(rollout: Rollout, **columns: Any) -> RewardRow:
+
+def row_of(rollout: Rollout) -> RewardRow:
     """The row of a rollout: of its turns only what the policy wrote (the reference hands over what
-    tools printed as well, which a policy can use)."""
+    tools printed as well, which a policy can use). The ground truth is a list where there are
+    several; further columns are the data's own, and `answer` and `solution` besides."""
     question = rollout.question
+    truth = [question.answer, *question.also] if question.also else question.answer
+    info = question.extra.get("extra_info") or {}
+    about = {"id": question.id, "calls": rollout.calls, "status": rollout.status}
     return RewardRow(
         question.text,
         "\n".join(turn.text for turn in rollout.turns),
-        question.answer,
-        question.kind,
-        {"id": question.id, "calls": rollout.calls, "status": rollout.status},
-        {"ground_truth": question.answer, "id": question.id, "calls": rollout.calls, **columns},
+        truth,
+        question.extra.get("data_source") or question.kind,
+        {**info, **about},
+        {
+            **question.extra,
+            "ground_truth": truth,
+            "answer": truth,
+            "solution": truth,
+            "kind": question.kind,
+            "options": dict(question.options),
+            **about,
+        },
     )
 
 
@@ -135,9 +158,9 @@ class RewardFunction:
     that takes longer is abandoned and its rows are unscored. Once MAX_ABANDONED calls hang the run
     cannot go on: TrainingError.
 
-    A row is unscored where the function raises, returns None, NaN, an infinity or anything else
-    that is no number, or, for TRL's, a list of another length. `counts` says how often, by cause. A
-    parameter without a default that no row has is a TrainingError.
+    A row is unscored where the function raises, returns None, NaN, a number outside of `bounds` or
+    anything else that is no number, or, for TRL's, a list of another length. `counts` says how
+    often, by cause. A parameter without a default that no row has is a TrainingError.
 
     The function runs in this process with the trainer's rights: it is the user's own code. It is no
     place for code that a policy wrote.
@@ -149,6 +172,7 @@ class RewardFunction:
         *,
         style: Style | None = None,
         timeout: float = 60.0,
+        bounds: tuple[float, float] | None = None,
         name: str | None = None,
     ):
         if not (timeout > 0 and math.isfinite(timeout)):
@@ -157,6 +181,7 @@ class RewardFunction:
         fallback = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
         self.name = name or fallback
         self.timeout = timeout
+        self.bounds = bounds
         self.counts: Counter[str] = Counter()
         self._parameters, self._required, self._any = _parameters(self.function)
         self.style: Style = style or self._guess()
@@ -166,6 +191,7 @@ class RewardFunction:
                 f"{self.name} has the parameters {', '.join(self._parameters) or 'none'}; a reward "
                 f"function in {self.style}'s style takes {', '.join(required)}"
             )
+        self._recent: deque[UserReward] = deque(maxlen=WINDOW)
         self._abandoned: list[threading.Thread] = []
         self._told: set[str] = set()
 
@@ -179,7 +205,18 @@ class RewardFunction:
             rewards = [self._row(row) for row in rows]
         for reward in rewards:
             self.counts["scored" if reward.value is not None else "unscored"] += 1
+        self._recent += rewards
         return rewards
+
+    def check(self) -> None:
+        """Raises TrainingError where hardly a row of the last ones has a reward."""
+        missing = Counter(reward.reason for reward in self._recent if reward.value is None)
+        if len(self._recent) >= MINIMUM and missing.total() > MAX_UNSCORED * len(self._recent):
+            raise TrainingError(
+                f"the reward function {self.name} gave no reward for {missing.total()} of the last "
+                f"{len(self._recent)} rollouts: it {missing.most_common(1)[0][0]}. Nothing was "
+                "counted as wrong. Mend the function and start again"
+            )
 
     def _guess(self) -> Style:
         if "solution_str" in self._parameters:
@@ -207,7 +244,7 @@ class RewardFunction:
             if not isinstance(returned, (list, tuple)):
                 reason = f"returned a {type(returned).__name__} instead of a list"
             elif len(returned) != len(rows):
-                reason = f"returned {len(returned)} rewards for {len(rows)} rows"
+                reason = f"returned too few or too many rewards: {len(returned)} for {len(rows)}"
         if reason:
             self._tell(reason)
             return [UserReward(None, reason)] * len(rows)
@@ -235,8 +272,16 @@ class RewardFunction:
 
     def _checked(self, value: Any, reason: str = "") -> UserReward:
         number = _number(value)
+        if number is not None and self.bounds is not None:
+            low, high = self.bounds
+            if low - _ROUNDING <= number <= high + _ROUNDING:
+                number = min(max(number, low), high)
+            else:
+                reason = f"went out of bounds: {number:g} is not in {low:g} to {high:g}"
+                number = None
         if number is None:
-            reason = reason or f"returned {ascii(value)[:80]}"
+            known = value is None or isinstance(value, float)
+            reason = reason or f"returned {'' if known else 'no number: '}{ascii(value)[:80]}"
             if value is not None or reason.startswith("returned a dict"):
                 self._tell(reason)  # None is a function's good right
             return UserReward(None, reason)
@@ -281,7 +326,7 @@ class RewardFunction:
 
     def _tell(self, reason: str) -> None:
         """In the log, once for each kind of failure; all are counted."""
-        kind = " ".join(reason.split()[:2]).rstrip(":")
+        kind = UserReward(None, reason).cause
         self.counts[kind] += 1
         if kind not in self._told:
             self._told.add(kind)

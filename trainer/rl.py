@@ -40,7 +40,6 @@ from trainer.selection import (
     group_modes,
     group_records,
     has_signal,
-    importance_weights,
     pass_rates,
 )
 from trainer.tasks import Task
@@ -91,14 +90,9 @@ def rl(
             judged = {} if player.grader is None else dict(player.grader.counts)
             generation = {f"generation/{name}": n for name, n in engine.stats().items()}
             advantages = group_advantages(rollouts, config)
-            weights = importance_weights(rollouts, config)
-            # Both surrogates are linear in their advantage: so is an importance weight.
-            weighted = replace(
-                advantages, acc=advantages.acc * weights, tool=advantages.tool * weights
-            )
             updates = []
             lr = config.lr * schedule(step, config)
-            batches = optimizer_batches(vlm, rollouts, weighted, config, loss_config, world)
+            batches = optimizer_batches(vlm, rollouts, advantages, config, loss_config, world)
             if len(batches) > 1:  # the first step moves the policy under the others
                 for batch in batches:
                     batch.score_old(vlm, loss_config)
@@ -117,7 +111,7 @@ def rl(
             log.groups(group_records(step, collected.played, config, collected.dropped))
             seconds = time.perf_counter() - start
             values = _measures(collected.played, config, updates) | {
-                **channel_shares(rollouts, advantages, weights, config),
+                **channel_shares(rollouts, advantages, config),
                 "resampled": len(collected.played) // config.group_size - config.prompts,
                 "lr": lr,
                 "tokens_per_second": sum(len(r.ids) for r in collected.played) / seconds,
@@ -249,7 +243,8 @@ def _never() -> bool:
 
 
 def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advantages:
-    """Advantages [N] of rollouts that lie group after group."""
+    """Advantages [N] of rollouts that lie group after group. What was forced to call is in the
+    accuracy channel alone (see trainer.selection)."""
     scored = torch.tensor([rollout.scored for rollout in rollouts])
     calls = torch.tensor([rollout.calls for rollout in rollouts])
     correct = torch.tensor([rollout.correct for rollout in rollouts])
@@ -262,7 +257,7 @@ def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advant
         correct,
         torch.arange(len(rollouts)) // config.group_size,
         scored=scored,
-        truncated=torch.tensor([rollout.status == "truncated" for rollout in rollouts]),
+        truncated=torch.tensor([r.status == "truncated" or r.mode == "forced" for r in rollouts]),
     )
 
 

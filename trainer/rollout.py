@@ -197,13 +197,9 @@ class Player:
             if action is None:
                 continue
             name, at = action
-            cut, between = self._cut(sampled, at)
             want = wanted.get(rollout.mode, name)
-            if want == name:
-                through, _ = self._cut(sampled, at + len(TAGS[name]), whole=True)
-                rollout.choice = sum(through.logprob[len(cut.ids) :])
-            else:
-                cuts[i] = cut
+            if want != name:
+                cuts[i], between = self._cut(sampled, at)
                 openings.append(self.vlm.encode(between + TAGS[want]))
         if not cuts:
             return set()
@@ -218,12 +214,10 @@ class Player:
             )
         for (i, cut), ending, room in zip(cuts.items(), endings, left, strict=True):
             turns[i] = _joined(cut, ending, room)
-            rollouts[i].choice = sum(turns[i].logprob[n] for n in turns[i].forced)
         return set(cuts)
 
-    def _cut(self, sampled: Sampled, at: int, *, whole: bool = False) -> tuple[Sampled, str]:
-        """The ids that lie wholly before place `at` of a turn's text, and the text between. whole:
-        and the id that reaches over it."""
+    def _cut(self, sampled: Sampled, at: int) -> tuple[Sampled, str]:
+        """The ids that lie wholly before place `at` of a turn's text, and the text between."""
         decode = self.vlm.tokenizer.decode
         text = decode(sampled.ids)
         # Of how many ids the text is longer than `at`: one too many.
@@ -231,8 +225,6 @@ class Player:
         count = bisect_right(counts, at, key=lambda n: len(decode(sampled.ids[:n]))) - 1
         while not text.startswith(before := decode(sampled.ids[:count])):  # half a character
             count -= 1
-        if whole and len(before) < at:
-            count += 1
         return Sampled(sampled.ids[:count], sampled.logprob[:count], "length"), text[
             len(before) : at
         ]
@@ -411,11 +403,9 @@ class Player:
             sampled = Sampled(
                 sampled.ids[:room], sampled.logprob[:room], "length", sampled.forced[:room]
             )
-        own = [n not in sampled.forced for n in range(len(sampled.ids))]
-        logprob = [p if mine else 0.0 for p, mine in zip(sampled.logprob, own, strict=True)]
         if sampled.forced:
             rollout.forced = sum(sampled.logprob[n] for n in sampled.forced)
-        self._append(rollout, sampled.ids, own, logprob)
+        self._append(rollout, sampled.ids, [True] * len(sampled.ids), sampled.logprob)
         ids = sampled.ids[:-1] if sampled.stop == "end" else sampled.ids
         text = self.vlm.tokenizer.decode(ids)
         rollout.turns.append(Turn(text))
@@ -424,7 +414,8 @@ class Player:
             # Also a call that is not closed, whatever ended the turn: errors are not free.
             is_call = is_call or attempts_call(text)
         rollout.calls += is_call
-        if sampled.stop == "length" or (is_call and (last or self.toolbox is None)):
+        cannot = last or self.toolbox is None or rollout.mode == "forbidden"
+        if sampled.stop == "length" or (is_call and cannot):
             rollout.status = "truncated"
             return False
         return is_call

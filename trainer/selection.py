@@ -2,14 +2,21 @@
 
 Two things go wrong silently when groups are taken as they come. Groups without signal waste the
 step: dynamic sampling (DAPO, arXiv 2503.14476) draws others in their place. And a call that was
-once unlearned where it was needed does not come back: a group that never calls says nothing of
-calls. Counterfactual rollouts open the other action in the policy's place, so that both ways are
-compared on every question.
+once unlearned where it was needed does not come back, for a group that never calls says nothing of
+calls: counterfactual rollouts compare both actions on every question.
+
+A counterfactual rollout is the policy's own but for its first action, which is opened in its place
+if it chose the other. It takes part in the accuracy channel alone, and its opening is learned from
+like any other token. Why so, and not weighted by its importance p / b (LOG.md has the numbers):
+weighted, its gradient has the expectation of the policy's own, which vanishes with p, so nothing
+comes back. Unweighted, an action of two still moves towards the better one, as the sign of its
+advantage is that of the difference whatever the odds; only the pace is not the policy's. In the
+tool channel a rare call among right answers would be punished the more the rarer it is, and stay
+lost.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,32 +38,6 @@ def group_modes(config: RLConfig) -> list[Mode]:
     )
 
 
-def importance_weights(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
-    """[N] float32: how much likelier the policy does what a rollout did than its group did.
-
-    The rollouts of a group are draws from one mixture: of G, f by the policy alone, c with a call
-    and a with an answer opened behind the policy's reason. Where the policy begins an action with
-    probability p, the mixture does with (f p + c) / G or (f p + a) / G; the ratio of the two (the
-    balance heuristic of multiple importance sampling) is at most G / f. 1 for all where nothing is
-    forced, and for a turn without any action, which is never redirected.
-    """
-    modes = group_modes(config)
-    free, size = modes.count("allowed"), config.group_size
-    opened = {"call": config.forced_calls, "answer": config.forced_answers}
-    weights = []
-    for rollout in rollouts:
-        if free == size or rollout.choice is None:
-            weights.append(1.0)
-            continue
-        p = math.exp(rollout.choice)
-        weights.append(size * p / (free * p + opened[_first_action(rollout)]))
-    return torch.tensor(weights)
-
-
-def _first_action(rollout: Rollout) -> str:
-    return "call" if rollout.calls else "answer"
-
-
 def has_signal(advantages: mk.Advantages, config: RLConfig) -> Tensor:
     """[groups] bool: whether a group moves the policy in either channel."""
     signal = advantages.acc_signal.clone()
@@ -66,13 +47,13 @@ def has_signal(advantages: mk.Advantages, config: RLConfig) -> Tensor:
 
 
 def channel_shares(
-    rollouts: Sequence[Rollout], advantages: mk.Advantages, weights: Tensor, config: RLConfig
+    rollouts: Sequence[Rollout], advantages: mk.Advantages, config: RLConfig
 ) -> dict[str, Any]:
     """The implicit curriculum: which channel moves the policy, and in how many groups.
 
-    weights [N]: of importance. `gradient_share/tool` is the tool channel's part of
-    sum |d loss / d logprob| over the tokens of the step, at ratio 1: accuracy first, while groups
-    are still wrong, and economy only once they are right. None where neither moves it.
+    `gradient_share/tool` is the tool channel's part of sum |d loss / d logprob| over the tokens of
+    the step, at ratio 1: accuracy first, while groups are still wrong, and economy only once they
+    are right. None where neither moves it.
     """
     w_tool = config.loss.w_tool if config.reward == "decoupled" else 0.0
     tokens = torch.tensor([sum(rollout.policy) for rollout in rollouts])
@@ -82,7 +63,7 @@ def channel_shares(
         "acc": config.loss.w_acc * advantages.acc / n_acc.clamp_min(1),
         "tool": w_tool * advantages.tool / n_tool.clamp_min(1),
     }
-    total = {name: float((one.abs() * weights * tokens).sum()) for name, one in pull.items()}
+    total = {name: float((one.abs() * tokens).sum()) for name, one in pull.items()}
     both = sum(total.values())
     acc, tool = (
         flags.reshape(-1, config.group_size).any(1)

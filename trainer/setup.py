@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import Config, ConfigError
+from trainer.config import AgentConfig, Config, ConfigError, JudgeConfig
 from trainer.log import RunLog
 
 if TYPE_CHECKING:  # they take seconds to import, and a wrong flag is to be answered at once
+    from trainer.engines.remote import RemoteAgent
     from trainer.grade import Grader
+    from trainer.openai_client import OpenAIClient
     from trainer.tasks import Task
     from trainer.tools import Toolbox
 
@@ -54,7 +56,7 @@ def make_task(config: Config, log: RunLog) -> Task:
         max_bad=given.pop("max_bad"), pixels=given.pop("check_pixels"), ids=given.pop("ids")
     )
     try:
-        task = load_task("file", checks=checks, **given)
+        task = load_task("file", checks=checks, observations=config.sft.observations, **given)
     except ValueError as error:  # of the files: DataError
         raise ConfigError(str(error)) from None
     log.say(task.summary())
@@ -78,30 +80,29 @@ def make_toolbox(config: Config, task: Task) -> Toolbox:
 
 def make_grader(config: Config, folder: Path) -> Grader | None:
     """What grades answers: for the demo its own rule alone."""
-    if config.task == "glyphs" and config.judge is None:
+    if config.task == "glyphs" and config.judge is None and config.reward is None:
         return None
     from trainer.grade import Grader
 
+    if config.reward is not None:
+        from trainer.reward_functions import RewardFunction
+
+        own = config.reward
+        try:
+            function = RewardFunction(
+                own.function, style=own.style, timeout=own.timeout, bounds=(0.0, 1.0)
+            )
+        except ValueError as error:
+            raise ConfigError(f"reward.function: {error}") from None
+        return Grader(function=function, correct_at=own.correct_at, seed=config.seed)
     if config.judge is None:
         return Grader(seed=config.seed)
     from trainer.json_cache import JsonCache
     from trainer.judge import Judge
-    from trainer.openai_client import Budget, OpenAIClient
 
     one = config.judge
-    key = None if one.key_variable is None else os.environ.get(one.key_variable)
-    if one.key_variable is not None and not key:
-        raise ConfigError(f"judge.key_variable is {one.key_variable}, which is not set")
-    client = OpenAIClient(
-        one.base_url,
-        one.model,
-        api_key=key,
-        concurrency=one.concurrency,
-        timeout=one.timeout,
-        budget=Budget(max_calls=one.max_calls, max_tokens=one.max_tokens),
-    )
     judge = Judge(
-        client,
+        make_client(one, "judge"),
         cache=JsonCache(one.cache),
         images=one.images,
         window=one.window,
@@ -109,6 +110,52 @@ def make_grader(config: Config, folder: Path) -> Grader | None:
         max_unscored=one.max_unscored,
     )
     return Grader(judge, audit=one.audit, journal=folder / "judge.jsonl", seed=config.seed)
+
+
+def make_client(section: JudgeConfig | AgentConfig, name: str) -> OpenAIClient:
+    """The client of a server; name: of its section of the settings."""
+    from trainer.openai_client import Budget, OpenAIClient
+
+    variable = section.key_variable
+    key = None if variable is None else os.environ.get(variable)
+    if variable is not None and not key:
+        raise ConfigError(f"{name}.key_variable is {variable}, which is not set")
+    try:
+        return OpenAIClient(
+            section.base_url,
+            section.model,
+            api_key=key,
+            concurrency=section.concurrency,
+            timeout=section.timeout,
+            budget=Budget(max_calls=section.max_calls, max_tokens=section.max_tokens),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{name}.{error}") from None
+
+
+def make_remote_agent(
+    config: Config, toolbox: Toolbox | None, grader: Grader | None, temperature: float
+) -> RemoteAgent:
+    """The agent of the section `agent`; it owns the toolbox. It has not been asked anything yet:
+    see RemoteAgent.check."""
+    if config.agent is None:
+        raise ConfigError("no agent is set: give agent.base_url and agent.model")
+    from trainer.engines.remote import RemoteAgent
+    from trainer.rollout import Limits
+
+    rollout, one = config.rollout, config.agent
+    try:
+        return RemoteAgent(
+            make_client(one, "agent"),
+            toolbox,
+            Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens),
+            grader,
+            forcing=one.forcing,
+            temperature=temperature,
+            extra=one.extra,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_model(config: Config) -> None:

@@ -9,7 +9,8 @@ over all of them in an optimizer batch.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -23,7 +24,7 @@ from trainer.optimizer import make_optimizer, optimizer_step
 from trainer.parallel import World
 from trainer.rollout import Player
 from trainer.tasks import Task
-from trainer.types import Rollout
+from trainer.types import Rollout, TrainingError
 
 _PLAYED_AT_ONCE = 256
 
@@ -37,9 +38,12 @@ def demonstrate(
     stopping: Callable[[], bool],
     world: World | None = None,
 ) -> list[Rollout]:
-    """Plays the demonstrations against the real tools, each rank its share, and gives all to all.
-    Those are dropped, and counted, in which the tool told something else than the answer: they
-    would teach not to believe it."""
+    """Plays the demonstrations, against the real tools or as they were recorded, each rank its
+    share, and gives all to all. Those in which the task finds a fault are dropped, and counted by
+    it.
+
+    Raises TrainingError where none is left.
+    """
     world = world or World()
     played = task.demonstrations(seed, config.demonstrations, config.direct_share)
     questions, scripts = map(world.share, played)
@@ -52,18 +56,24 @@ def demonstrate(
             rollouts += player.demonstrate(questions[part], scripts[part])
             bar.advance(len(questions[part]))
     rollouts = world.gather(rollouts)
-    kept = [r for r in rollouts if r.scored and r.formatted and not _contradicted(r)]
+    faults = [task.fault(rollout) for rollout in rollouts]
+    kept = [rollout for rollout, fault in zip(rollouts, faults, strict=True) if fault is None]
     called = sum(r.calls > 0 for r in kept) / max(len(kept), 1)
+    dropped = Counter(fault for fault in faults if fault is not None)
     log.say(
-        f"{len(kept)} demonstrations, {len(rollouts) - len(kept)} dropped, "
-        f"{called:.1%} of them with a tool call"
+        f"{len(kept)} demonstrations, {called:.1%} of them with a tool call; "
+        f"dropped: {_counted(dropped)}; not playable: {_counted(task.unplayable)}"
     )
+    if not kept:
+        raise TrainingError(
+            f"no demonstration is left to train on; dropped: {_counted(dropped)}, not playable: "
+            f"{_counted(task.unplayable)}"
+        )
     return kept
 
 
-def _contradicted(rollout: Rollout) -> bool:
-    last = [turn.observation for turn in rollout.turns if turn.observation is not None]
-    return bool(last and last[-1].text and rollout.question.answer not in last[-1].text)
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "none"
 
 
 def sft(

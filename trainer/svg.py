@@ -54,8 +54,8 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise RunError(f"there is no run folder '{folder}': give the folder that a run wrote")
     run = Run(name=folder.resolve().name)
-    run.summary = _json(folder / "summary.json", run.notes)
-    run.compare = _json(folder / "compare.json", run.notes)
+    run.summary = read_json(folder / "summary.json", run.notes)
+    run.compare = read_json(folder / "compare.json", run.notes)
     for line in _lines(folder / "metrics.jsonl", run.notes):
         if number(line.get("step")) is not None:
             run.metrics.setdefault(str(line.get("stage")), []).append(line)
@@ -90,7 +90,7 @@ def _read_rollouts(run: Run, path: Path) -> None:
     run.training = list(training)
 
 
-def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8", "replace"))
     except FileNotFoundError:

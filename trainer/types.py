@@ -117,7 +117,8 @@ class Rollout:
     ids: list[int]
     """[T] prompt, sampled turns and template suffixes; image placeholders are expanded."""
     policy: list[bool]
-    """[T] True where the policy wrote the token: the loss mask, built together with the ids."""
+    """[T] True where the policy wrote the token, or an action was opened for it: the loss mask,
+    built together with the ids."""
     logprob: list[float]
     """[T] logprob under the sampling distribution where `policy`, else 0.0."""
     images: list[Image]
@@ -131,13 +132,12 @@ class Rollout:
     """The text inside the last <answer> of the last turn, of policy-written tokens only."""
     correct: bool = False
     formatted: bool = False
+    score: float | None = None
+    """r_ans in [0, 1] where a reward function gave it; None: 1 where `correct`, else 0."""
     mode: Mode = "allowed"
     forced: float | None = None
-    """Logprob, under the sampling distribution, of the tokens that were put in the policy's place
-    (`policy` is False for them); None where nothing was."""
-    choice: float | None = None
-    """Logprob of the opening tag of its first action, forced or not. Known where rollouts of
-    several modes were played together; None elsewhere, and where a first turn does nothing."""
+    """Logprob, under the sampling distribution, of the tokens that opened an action in the policy's
+    place; None where nothing was forced."""
     prompt_tokens: int = 0
     """Tokens that were read: prompt and observations, each once."""
     sampled_tokens: int = 0
@@ -153,4 +153,5 @@ class Rollout:
     @property
     def accuracy_reward(self) -> float:
         """r_acc = 0.9 r_ans + 0.1 r_fmt."""
-        return 0.9 * self.correct + 0.1 * self.formatted
+        answered = self.correct if self.score is None else self.score
+        return 0.9 * answered + 0.1 * self.formatted

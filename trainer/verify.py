@@ -62,6 +62,7 @@ def verify(
     question: str = "",
     options: Mapping[str, str] | Sequence[str] | None = None,
     rtol: float | None = None,
+    decimals: int | None = None,
     max_answer: int = MAX_ANSWER,
     math_seconds: float = MATH_SECONDS,
 ) -> RuleVerdict:
@@ -69,9 +70,10 @@ def verify(
 
     truth: a text or number, or several of which any will do. question: its words may stand behind
     a number ("7 cats"), and its options ("A. cat") are read where none are given. options: {"A":
-    text}, or texts that become A, B, ... rtol: relative tolerance of numbers (charts: 0.05);
-    without one see `quantities.compare`. math_seconds: limit for comparing expressions,
-    which happens in a process of its own; 0: they are not compared.
+    text}, or texts that become A, B, ... rtol: relative tolerance of numbers (charts: 0.05).
+    decimals: to how many the truth is rounded; what rounds to it is right, and it alone. Without
+    either see `quantities.compare`. math_seconds: limit for comparing expressions, which happens in
+    a process of its own; 0: they are not compared.
 
     Bounded: an answer past max_answer characters is "incorrect" unread, every pattern is linear or
     bounded, and nothing but that process evaluates anything.
@@ -83,7 +85,7 @@ def verify(
         text = "" if answer is None else str(answer)
         if len(text) > max(max_answer, 2 * max(map(len, truths))):
             return RuleVerdict("incorrect", "too_long")
-        return _verify(text, truths, question, options, rtol, math_seconds)
+        return _verify(text, truths, question, options, rtol, decimals, math_seconds)
     except Exception as error:  # a verdict must never cost a run
         log.warning("a rule failed on an answer: %s", ascii(error)[:200])
         return RuleVerdict("undecided", f"error.{type(error).__name__}")
@@ -103,6 +105,7 @@ def _verify(
     question: str,
     options: Mapping[str, str] | Sequence[str] | None,
     rtol: float | None,
+    decimals: int | None,
     math_seconds: float,
 ) -> RuleVerdict:
     if text.strip() and any(text.strip() == truth.strip() for truth in truths):
@@ -115,7 +118,7 @@ def _verify(
     words = frozenset(re.findall(r"[^\W\d_][\w'-]{1,30}", f"{asked} {asked.casefold()}"))
     verdicts = []
     for truth in truths:
-        verdict = _one(cleaned, clean(truth), choices, words, rtol)
+        verdict = _one(cleaned, clean(truth), choices, words, rtol, decimals)
         if verdict.outcome == "correct":
             return verdict
         verdicts.append(verdict)
@@ -139,6 +142,7 @@ def _one(
     choices: Mapping[str, str],
     words: frozenset[str],
     rtol: float | None,
+    decimals: int | None,
 ) -> RuleVerdict:
     """Against one truth, but for mathematics."""
     by_option = _option(answer, truth, choices)
@@ -146,7 +150,7 @@ def _one(
         return by_option
     left, right = parse_quantity(answer), parse_quantity(truth)
     if left and right:
-        outcome, rule = compare(left, right, rtol=rtol, words=words)
+        outcome, rule = compare(left, right, rtol=rtol, decimals=decimals, words=words)
         if outcome != "undecided" or answer != truth:  # case counts: "10 M" is not "10 m"
             return RuleVerdict(outcome, rule)
     if (key := normalise(answer)) and key == normalise(truth):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 from collections.abc import Sequence
@@ -142,6 +143,122 @@ def question_row(number: int, **changes) -> dict:
         "needs_tool": False,
     }
     return row | changes
+
+
+def vstar_row(number: int, **changes) -> dict:
+    """The picture lies beside the file: see write_vstar."""
+    text = (
+        f"What is the colour of box {number}?\n(A) red\n(B) dark blue\n(C) green\n(D) grey\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    category = ("direct_attributes", "relative_position")[number % 2]
+    row = {
+        "image": f"{category}/box_{number}.jpg",
+        "text": text,
+        "category": category,
+        "label": "ABCD"[number % 4],
+        "question_id": str(number // 2),
+    }
+    return row | changes
+
+
+def write_vstar(folder: Path, rows: Sequence[dict]) -> Path:
+    for number, row in enumerate(rows):
+        picture = folder / row["image"]
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(encoded(Image.new("RGB", (40, 30), colour(number)), "JPEG"))
+    return write_lines(folder / "test_questions.jsonl", rows)
+
+
+HR_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        *((name, pa.string()) for name in ("question", "answer", "category", "A", "B", "C", "D")),
+        ("cycle_category", pa.string()),
+        ("image", pa.string()),
+    ]
+)
+
+
+def hr_row(number: int, **changes) -> dict:
+    """A question comes four times, its options in four orders."""
+    texts = ["27B", 'a "quoted"\nsign', "tab\there", "27E"]
+    turned = [texts[(place - number) % 4] for place in range(4)]
+    row = {
+        "index": number,
+        "question": f"What is written above door {number // 4}?",
+        "answer": "ABCD"[number % 4],
+        "category": ("single", "cross")[number // 4 % 2],
+        **dict(zip("ABCD", turned, strict=True)),
+        "cycle_category": str(number % 4),
+        "image": b64(encoded(Image.new("RGB", (40, 30), colour(number // 4)), "JPEG")),
+    }
+    return row | changes
+
+
+def write_hr(path: Path, rows: Sequence[dict], **settings) -> Path:
+    """As TSV or as parquet, by the path's suffix."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows), HR_SCHEMA), path, **settings)
+        return path
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(HR_SCHEMA.names)
+        writer.writerows([row[name] for name in HR_SCHEMA.names] for row in rows)
+    return path
+
+
+_METADATA = pa.struct(
+    [
+        *((name, pa.string()) for name in ("category", "context", "grade", "language", "source")),
+        ("img_height", pa.int64()),
+        ("img_width", pa.int64()),
+        ("skills", pa.list_(pa.string())),
+        ("split", pa.string()),
+        ("task", pa.string()),
+    ]
+)
+MATHVISTA_SCHEMA = pa.schema(
+    [
+        ("pid", pa.string()),
+        ("question", pa.string()),
+        ("image", pa.string()),
+        ("decoded_image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("choices", pa.list_(pa.string())),
+        ("unit", pa.string()),
+        ("precision", pa.float64()),
+        ("answer", pa.string()),
+        ("question_type", pa.string()),
+        ("answer_type", pa.string()),
+        ("metadata", _METADATA),
+        ("query", pa.string()),
+    ]
+)
+
+
+def mathvista_row(number: int, **changes) -> dict:
+    """A free-form question; `changes` make it a multiple choice."""
+    question = f"How long is line {number}?"
+    row = {
+        "pid": str(number),
+        "question": question,
+        "image": f"images/{number}.jpg",
+        "decoded_image": {"bytes": png(number), "path": None},
+        "choices": None,
+        "unit": "cm",
+        "precision": 1.0,
+        "answer": f"{number}.5",
+        "question_type": "free_form",
+        "answer_type": "float",
+        "metadata": {"task": "geometry problem solving", "skills": ["geometry reasoning"]},
+        "query": f"Hint: Give one decimal place.\nQuestion: {question} (Unit: cm)",
+    }
+    return row | changes
+
+
+def write_mathvista(path: Path, rows: Sequence[dict], **settings) -> Path:
+    pq.write_table(pa.Table.from_pylist(list(rows), MATHVISTA_SCHEMA), path, **settings)
+    return path
 
 
 def write_lines(path: Path, rows: Sequence[dict | str | bytes]) -> Path:

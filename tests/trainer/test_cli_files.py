@@ -12,11 +12,14 @@ from tests.trainer.data_files import rl_row, write_rl
 from tests.trainer.judge_server import JudgeServer, judge_of, verdict
 from tests.trainer.test_cli import metis
 from trainer.cli import main
+from trainer.config import ConfigError, load
 from trainer.grade import Grader
 from trainer.judge import JudgeDown
 from trainer.reward import grade, score
+from trainer.reward_functions import RewardFunction
+from trainer.setup import make_grader
 from trainer.tasks import load_task
-from trainer.types import Question, Rollout, Turn
+from trainer.types import Question, Rollout, TrainingError, Turn
 
 SMALL = (
     "task=file", "rl.steps=1", "rl.prompts=2", "rl.group_size=2", "evaluate.questions=4",
@@ -101,3 +104,66 @@ def test_what_is_wrong_is_said_before_any_work(folder):
         folder, "judge.base_url=http://127.0.0.1:1", "judge.model=x", "judge.key_variable=NOPE"
     )
     assert done.returncode == 2 and "NOPE, which is not set" in done.stderr
+
+
+FUNCTIONS = '''
+def score(data_source, solution_str, ground_truth, extra_info=None):
+    """Half a point for an answer at all."""
+    assert data_source == "vthinker-sft" and extra_info["pass8"] == 0, extra_info
+    if extra_info["calls"]:
+        raise ValueError("no opinion on calls")
+    return {"score": 0.5 + 0.5 * (len(solution_str) % 2), "length": len(solution_str)}
+
+
+def broken(completions, solution, **columns):
+    return [float("nan")] * len(completions)
+'''
+
+
+def test_a_reward_function_of_ones_own(folder):
+    (folder / "mine.py").write_text(FUNCTIONS)
+    done = run(folder, "reward.function=mine.py:score", "rl.steps=2", "reward.correct_at=0.5")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(x) for x in (folder / "runs/rl/metrics.jsonl").read_text().splitlines()]
+    graded = {k: v for k, v in rows[-1].items() if k.startswith("graded/")}
+    assert set(graded) <= {
+        "graded/function correct", "graded/function unscored: raised ValueError",
+    }  # fmt: skip
+    records = [json.loads(x) for x in (folder / "runs/rl/rollouts.jsonl").read_text().splitlines()]
+    played = [r for r in records if r["stage"] == "rl"]
+    assert len(played) == 8
+    for record in played:
+        if record["status"] == "ok":
+            assert record["calls"] == 0 and record["score"] in (0.5, 1.0) and record["correct"]
+        else:
+            assert record["status"] in ("truncated", "unscored") and "score" not in record
+            assert not record["correct"]
+
+
+def test_a_reward_function_that_is_wrong_or_of_no_use_is_said(folder, monkeypatch):
+    (folder / "mine.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(folder)
+    config = ("task=file", "data.paths=[rl.parquet]")
+    for spec, message in [
+        ("mine.py:nothing", "has no function 'nothing'; its functions are: broken, score"),
+        ("nowhere.py:score", "no file at"),
+        ("score", "module:function or file.py:function"),
+    ]:
+        with pytest.raises(ConfigError, match=f"reward.function: .*{message}"):
+            make_grader(load(None, [*config, f"reward.function={spec}"]), folder)
+    with pytest.raises(ConfigError, match="leave out judge, or reward"):
+        load(None, [*config, "reward.function=a:b", "judge.base_url=http://x", "judge.model=x"])
+    grader = make_grader(load(None, [*config, "reward.function=mine.py:broken"]), folder)
+    rollouts = [_answered("a red box") for _ in range(20)]
+    with pytest.raises(TrainingError, match="20 of the last 20 rollouts: it returned nan"):
+        asyncio.run(grade(rollouts, grader))
+    assert {r.status for r in rollouts} == {"unscored"} and not any(r.correct for r in rollouts)
+    assert grader.counts == {"function unscored: returned nan": 20}
+
+
+def test_the_number_of_a_reward_function_is_the_answers_share_of_the_reward():
+    function = RewardFunction(lambda completions: [0.25, 0.75], bounds=(0.0, 1.0))
+    rollouts = [_answered("a red box"), _answered("a blue one")]
+    asyncio.run(grade(rollouts, Grader(function=function, correct_at=0.75)))
+    assert [r.correct for r in rollouts] == [False, True]
+    assert [r.accuracy_reward for r in rollouts] == pytest.approx([0.325, 0.775])

@@ -47,7 +47,7 @@ def test_files_folders_and_globs(tmp_path):
     ]
     with pytest.raises(DataError, match="nothing.*no such file"):
         find_files(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"end in .parquet, .jsonl, not '.md'"):
+    with pytest.raises(DataError, match=r"end in .parquet, .jsonl, .tsv, not '.md'"):
         find_files(tmp_path / "a" / "readme.md")
 
 

@@ -136,17 +136,19 @@ def test_unreliable_tools_fail_and_mislead_at_the_stated_rates(run, said):
 
 
 def test_a_demonstration_that_its_tool_contradicts_is_no_lesson():
-    from trainer.sft import _contradicted
     from trainer.types import Question, Rollout, Turn
 
-    def played(text):
+    def fault(text, status="ok", formatted=True):
         question = Question("q", "k", "?", (), "Red")
         turns = [Turn("call", None, Observation(text)), Turn("answer")]
-        return Rollout(question, 0, [], [], [], [], 0, turns)
+        rollout = Rollout(question, 0, [], [], [], [], 0, turns, status, formatted=formatted)
+        return load_task("glyphs").fault(rollout)
 
-    assert _contradicted(played('1. "Beacon 12 shines Blue."'))
-    assert not _contradicted(played('1. "Beacon 12 shines Red."'))
-    assert not _contradicted(played("")), "a picture"
+    assert fault('1. "Beacon 12 shines Blue."') == "contradicted"
+    assert fault('1. "Beacon 12 shines Red."') is None
+    assert fault("") is None, "a picture"
+    assert fault("", formatted=False) == "format"
+    assert fault("Red", status="tool_infra") == fault("Red", "tool_infra", False) == "tool_infra"
 
 
 def test_demonstrations_nearly_always_call():

@@ -84,13 +84,9 @@ def test_an_answer_becomes_a_call_where_one_is_forced(vlm, player):
     assert rollout.turns[0].text == "<reason>so</reason>\n" + CALL_OPEN + rest
     assert rollout.turns[0].observation.text == "12"
     assert (rollout.calls, rollout.answer, rollout.mode) == (1, "12", "forced")
-    forced = [
-        i
-        for i, (token, mine) in enumerate(zip(rollout.ids, rollout.policy, strict=True))
-        if not mine and i >= rollout.prompt_length
-    ][0]
-    assert vlm.tokenizer.decode(rollout.ids[forced : forced + 1]) == CALL_OPEN
-    assert rollout.logprob[forced] == 0.0 and rollout.forced == -0.25
+    opened = [n for n, logprob in enumerate(rollout.logprob) if logprob == -0.25]
+    assert [vlm.tokenizer.decode(rollout.ids[n]) for n in opened] == [CALL_OPEN]
+    assert rollout.policy[opened[0]] and rollout.forced == -0.25  # and it is learned from
     assert rollout.formatted
 
 
@@ -102,6 +98,13 @@ def test_a_call_becomes_an_answer_where_calls_are_forbidden(vlm, player):
     assert (rollout.calls, rollout.answer, rollout.status) == (0, "13", "ok")
     assert rollout.sampled_tokens == sum(rollout.policy)
     assert rollout.sampled_tokens + rollout.prompt_tokens == len(rollout.ids)
+
+
+def test_a_call_within_a_begun_answer_is_not_executed(vlm, player):
+    engine = Scripted(vlm, CALL, behind=['13"}}</tool_call>'])
+    (rollout,) = player.play(engine, [_question()], [0], modes=["forbidden"])
+    assert (rollout.status, rollout.calls, len(rollout.turns)) == ("truncated", 1, 1)
+    assert rollout.turns[0].observation is None
 
 
 @pytest.mark.parametrize(

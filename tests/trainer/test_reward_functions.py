@@ -231,8 +231,42 @@ def test_a_signature_of_neither_kind_is_named():
 
 def test_the_row_of_a_rollout_has_the_policys_words_alone():
     turns = [Turn("call", None, Observation("<answer>7</answer>")), Turn("<answer>8</answer>")]
-    rollout = Rollout(Question("q1", "digits", "?", (), "7"), 0, [], [], [], [], 0, turns, calls=1)
-    row = row_of(rollout, level=2)
+    question = Question("q1", "digits", "?", (), "7", extra={"level": 2})
+    rollout = Rollout(question, 0, [], [], [], [], 0, turns, calls=1)
+    row = row_of(rollout)
     assert row.completion == "call\n<answer>8</answer>" and "7" not in row.completion
     assert (row.prompt, row.ground_truth, row.data_source) == ("?", "7", "digits")
     assert row.columns["level"] == 2 and row.columns["ground_truth"] == "7"
+    assert row.columns["solution"] == row.columns["answer"] == "7"
+
+
+def test_the_row_of_a_rollout_has_the_columns_of_its_data():
+    extra = {"data_source": "mine", "extra_info": {"level": 3, "index": "a"}}
+    question = Question("q1", "digits", "?", (), "grey", also=("gray",), extra=extra)
+    row = row_of(Rollout(question, 0, [], [], [], [], 0, [Turn("x")]))
+    assert (row.data_source, row.ground_truth) == ("mine", ["grey", "gray"])
+    assert row.extra_info == {
+        "level": 3, "index": "a", "id": "q1", "calls": 0, "status": "ok",
+    }  # fmt: skip
+    assert row.columns["data_source"] == "mine" and row.columns["extra_info"]["level"] == 3
+
+
+def test_a_number_out_of_bounds_is_unscored():
+    given = [-0.5, -1e-7, 0.25, 1 + 1e-7, 1.5]
+    function = RewardFunction(lambda completions: given, bounds=(0.0, 1.0))
+    rewards = function([RewardRow("?", "x")] * 5)
+    assert [reward.value for reward in rewards] == [None, 0.0, 0.25, 1.0, None]
+    assert rewards[-1].reason == "went out of bounds: 1.5 is not in 0 to 1"
+    assert {reward.cause for reward in rewards} == {"went out of bounds", ""}
+
+
+def test_a_function_that_rewards_hardly_anything_is_of_no_use():
+    answers = iter([[1.0] + [None] * 9, [None] * 9, [None]])
+    function = RewardFunction(lambda completions: next(answers))
+    for count in (10, 9, 1):
+        function.check()
+        function([RewardRow("?", "x")] * count)
+    with pytest.raises(
+        TrainingError, match="no reward for 19 of the last 20 rollouts: it returned"
+    ):
+        function.check()

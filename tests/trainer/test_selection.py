@@ -1,8 +1,6 @@
 """Dynamic sampling, counterfactual rollouts and the measures of the implicit curriculum."""
 
-import itertools
 import json
-import math
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from trainer.selection import (
     group_modes,
     group_records,
     has_signal,
-    importance_weights,
     pass_rates,
 )
 from trainer.types import Question, Rollout
@@ -27,11 +24,11 @@ def _config(*settings):
     return load(None, ["rl.group_size=4", "rl.prompts=2", *settings]).rl
 
 
-def _rollout(correct, calls, *, mode="allowed", choice=None, name="q", tokens=3):
+def _rollout(correct, calls, *, mode="allowed", name="q", tokens=3):
     question = Question(name, "kind", "?", (), "7")
     rollout = Rollout(question, 0, [5] * (tokens + 1), [False] + [True] * tokens, [], [], 1)
     rollout.correct, rollout.formatted = correct, True
-    rollout.calls, rollout.mode, rollout.choice = calls, mode, choice
+    rollout.calls, rollout.mode = calls, mode
     return rollout
 
 
@@ -57,32 +54,23 @@ def test_two_rollouts_at_least_are_the_policys_own():
         _config("rl.forced_calls=2", "rl.forced_answers=1")
 
 
-@pytest.mark.parametrize("p", [1e-6, 0.02, 0.5, 0.97])
-@pytest.mark.parametrize(("calls", "answers"), [(1, 0), (1, 1), (2, 0), (0, 2)])
-def test_weighted_draws_of_the_mixture_have_the_policys_expectation(p, calls, answers):
-    """Exactly, over everything that a group can be drawn as: the mean of w f is E_policy[f]."""
-    config = _config(f"rl.forced_calls={calls}", f"rl.forced_answers={answers}")
-    value = {"call": 5.0, "answer": -3.0}
-    total = 0.0
-    modes = group_modes(config)
-    for actions in itertools.product(("call", "answer"), repeat=4):
-        likely, group = 1.0, []
-        for mode, action in zip(modes, actions, strict=True):
-            chance = p if action == "call" else 1 - p
-            wanted = {"forced": "call", "forbidden": "answer"}.get(mode)
-            likely *= chance if wanted is None else float(action == wanted)
-            group.append(_rollout(True, action == "call", mode=mode, choice=math.log(chance)))
-        if likely:
-            weights = importance_weights(group, config).tolist()
-            assert max(weights) <= 4 / modes.count("allowed") + 1e-6
-            drawn = zip(weights, actions, strict=True)
-            total += likely * sum(w * value[action] for w, action in drawn) / 4
-    assert total == pytest.approx(p * 5.0 - (1 - p) * 3.0, rel=1e-5, abs=1e-6)
+def test_what_is_forced_is_in_the_accuracy_channel_alone():
+    """A rare call among right answers would be the odd one out of the tool channel."""
+    config = _config("rl.group_size=5", "rl.forced_calls=1")
+    own = [_rollout(True, 0), _rollout(False, 0), _rollout(False, 0), _rollout(True, 0)]
+    forced = _rollout(True, 1, mode="forced")
+    advantages = group_advantages([*own, forced], config)
+    assert advantages.tool.abs().sum() == 0 and not advantages.qualifies[4]
+    assert advantages.acc[4] == advantages.acc[0] > 0 > advantages.acc[1]
 
 
-def test_without_forcing_every_weight_is_one():
-    group = [_rollout(True, 1, choice=-3.0), *_group((True, 0), (False, 1), (True, 1))]
-    assert importance_weights(group, _config()).tolist() == [1.0] * 4
+def test_a_group_that_never_calls_learns_that_a_call_is_right():
+    config = _config("rl.group_size=5", "rl.forced_calls=1")
+    direct = [_rollout(False, 0) for _ in range(4)]
+    assert not has_signal(group_advantages([*direct, _rollout(False, 0)], config), config).any()
+    advantages = group_advantages([*direct, _rollout(True, 1, mode="forced")], config)
+    assert has_signal(advantages, config).all()
+    assert advantages.acc[4] > 0 > advantages.acc[0]
 
 
 def test_rates_are_of_what_the_policy_did_by_itself():
@@ -187,8 +175,7 @@ def test_shares_are_those_of_the_gradient():
     for number, rollout in enumerate(rollouts):  # of different lengths
         rollout.policy += [True] * number
     advantages = group_advantages(rollouts, config)
-    weights = torch.linspace(0.5, 1.5, len(rollouts))
-    values = channel_shares(rollouts, advantages, weights, config)
+    values = channel_shares(rollouts, advantages, config)
     tokens = torch.tensor([sum(rollout.policy) for rollout in rollouts])
     rows = torch.repeat_interleave(torch.arange(len(rollouts)), tokens)
     n_acc, n_tool = mk.hdpo_normalizers(advantages, tokens, tool_norm="qualifying")
@@ -199,8 +186,8 @@ def test_shares_are_those_of_the_gradient():
             row=torch.arange(len(rows)),
             label=torch.zeros(len(rows), dtype=torch.long),
             old_logprob=None,
-            acc_advantage=(advantages.acc * weights)[rows],
-            tool_advantage=(advantages.tool * weights)[rows],
+            acc_advantage=advantages.acc[rows],
+            tool_advantage=advantages.tool[rows],
             n_acc=n_acc,
             n_tool=n_tool,
         )
@@ -218,7 +205,7 @@ def test_shares_are_those_of_the_gradient():
 def test_a_step_without_signal_has_no_shares():
     config = _config()
     rollouts = _group(*SILENT)
-    values = channel_shares(rollouts, group_advantages(rollouts, config), torch.ones(4), config)
+    values = channel_shares(rollouts, group_advantages(rollouts, config), config)
     assert values["gradient_share/tool"] is None and values["groups/tool_signal"] == 0.0
 
 

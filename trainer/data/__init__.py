@@ -1,7 +1,9 @@
 """Data in: files of questions and conversations as they lie on disk, checked row by row.
 
-sources    parquet and JSON lines, streamed or read at random within a budget of memory
+sources    parquet, JSON lines and TSV, streamed or read at random within a budget of memory
+rows       a row's columns by name, and values that are checked when they are taken
 layouts    what the columns mean: Metis-RL, Metis-ColdStart, TRL's and our own
+benchmarks ... and V*Bench's, HR-Bench's, MathVista's
 examples   what a row is: Example, Conversation
 pictures   bytes that become pixels on access, within limits
 dataset    all rows of some files, and why the others are not used

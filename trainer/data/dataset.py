@@ -273,6 +273,8 @@ def _duplicates(hashes: np.ndarray, good: np.ndarray) -> list[tuple[int, int]]:
     """(row, first row of the same hash) of every good row but the first. Two of 10^7 different ids
     share their 64 bits with a probability of 3e-6."""
     rows = np.flatnonzero(good)
+    if not len(rows):
+        return []
     rows = rows[np.argsort(hashes[rows], kind="stable")]
     ordered = hashes[rows]
     fresh = np.append(True, ordered[1:] != ordered[:-1])

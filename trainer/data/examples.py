@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from trainer.chat import find_answer
@@ -26,12 +26,27 @@ class Example:
     answer: str
     needs_tool: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """data_source and extra_info, as verl hands them to a reward function."""
+    """data_source and extra_info, as verl hands them to a reward function; what a benchmark says of
+    its answer."""
+    also: tuple[str, ...] = ()
+    """Further right answers."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of a multiple choice: letter -> text, as they also stand in the text."""
 
     def question(self) -> Question:
         """Decodes the pictures. Raises BadRow."""
         images = tuple(one.open() for one in self.pictures)
-        return Question(self.id, self.kind, self.text, images, self.answer, self.needs_tool)
+        return Question(
+            self.id,
+            self.kind,
+            self.text,
+            images,
+            self.answer,
+            self.needs_tool,
+            self.also,
+            self.options,
+            self.extra,
+        )
 
 
 @dataclass(frozen=True)
@@ -76,15 +91,22 @@ class Conversation:
     pictures: tuple[Picture, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas from the file, where it has any."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """data_source and extra_info, where the file has them."""
 
     @property
     def turns(self) -> list[PolicyTurn]:
-        following = [*self.messages[1:], None]
-        return [
-            PolicyTurn(message.text, after if after and after.speaker == "observation" else None)
-            for message, after in zip(self.messages, following, strict=True)
-            if message.speaker == "policy"
-        ]
+        """Several observations that follow one another are one."""
+        turns: list[PolicyTurn] = []
+        for message in self.messages:
+            if message.speaker == "policy":
+                turns.append(PolicyTurn(message.text, None))
+            elif message.speaker == "observation" and turns:
+                told = turns[-1].observation
+                if told is not None:
+                    message = replace(told, parts=told.parts + message.parts)
+                turns[-1] = replace(turns[-1], observation=message)
+        return turns
 
     @property
     def answer(self) -> str | None:
@@ -92,19 +114,20 @@ class Conversation:
         last = self.messages[-1]
         return find_answer(last.text) if last.speaker == "policy" else None
 
-    def example(self) -> Example:
-        """What was asked, to be played again. Raises BadRow where there is no one question and no
-        answer of the policy."""
+    def example(self, *, answered: bool = True) -> Example:
+        """What was asked, to be played again; the answer is what the policy ended with. answered:
+        whether there must be one (else "" where there is none). Raises BadRow where there is not
+        one question, and no answer."""
         asked = [message for message in self.messages if message.speaker == "question"]
         if len(asked) != 1:
             raise BadRow("unsupported", f"{len(asked)} questions in one conversation")
-        if not self.answer:
+        if answered and not self.answer:
             raise BadRow("missing_answer", "the conversation does not end in an <answer>")
         if list(asked[0].shown) != list(range(len(asked[0].shown))):
             raise BadRow("unsupported", "pictures come before the question")
         text = question_text(asked[0].parts)
         pictures = tuple(self.pictures[n] for n in asked[0].shown)
-        return Example(self.id, self.kind, text, pictures, self.answer)
+        return Example(self.id, self.kind, text, pictures, self.answer or "", extra=self.extra)
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them."""

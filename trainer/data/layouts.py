@@ -6,8 +6,14 @@
                      Accio-Lab/Metis-ColdStart
     messages         messages (a list), images or image, tools: conversations, as TRL trains on them
     completion       prompt, completion, images or image, tools: likewise
+    vstar, hr-bench, mathvista
+                     benchmarks: see trainer.data.benchmarks
     prompt           prompt (text or messages), answer | solution | ground_truth, images or image
     questions        question, answer, images or image, kind | ability, needs_tool, id: our own
+
+A right answer may be a list, of which any one will do. `options` (a list, or {"A": text, ...})
+makes a prompt or a question a multiple choice; they are shown below a text that does not list them
+itself. data_source and extra_info are kept for reward functions.
 
 Every value is checked; what does not fit raises BadRow. Images stand where a placeholder does:
 "<image>" in text, or a part {"type": "image"}. Where a row has images and no placeholder at all,
@@ -17,40 +23,31 @@ images belong to several turns.
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trainer.chat import CALL_OPEN, call_text
+from trainer.data.benchmarks import BENCHMARKS
 from trainer.data.examples import Conversation, Example, Message, Speaker, question_text
 from trainer.data.pictures import BadRow, Picture, picture
+from trainer.data.rows import (
+    Layout,
+    Row,
+    lists_options,
+    mapping_of,
+    options_of,
+    scalar,
+    text_of,
+    truths_of,
+    with_options,
+)
 from trainer.data.sources import DataError, decode_json
 from trainer.images import ImageLimits
 
 PLACEHOLDER = "<image>"
-MAX_TEXT = 8_000_000
-"""Characters of a message; Metis-ColdStart has conversations of 1.5 million."""
-_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_\w+|image_pad|video_pad)\|>")
 _NAMED = ("answer", "solution", "ground_truth")
-
-
-@dataclass(frozen=True)
-class Layout:
-    name: str
-    needs: tuple[str, ...]
-    """Columns by which it is known."""
-    takes: tuple[str, ...]
-    """Further columns that it reads."""
-    yields: Literal["questions", "conversations"]
-    read: Callable[[_Row], Example | Conversation]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.needs + self.takes
 
 
 @dataclass(frozen=True)
@@ -61,78 +58,31 @@ class _Hole:
     """The image itself; None: the next one of the images column."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    values: Mapping[str, Any]
-    folder: Path
-    """Of the file: paths of images are relative to it."""
-    limits: ImageLimits
-    strict: bool
-    """Whether every image needs a placeholder."""
-    content_ids: bool
-    """Whether an id that the row states is passed over."""
-
-    def get(self, *names: str) -> Any:
-        """The first of these columns that is not null."""
-        return next((v for name in names if (v := self.values.get(name)) is not None), None)
-
-    def images(self) -> list[Picture]:
-        found = self.get("images", "image")
-        if found is None:
-            return []
-        if not isinstance(found, list):
-            found = [found]
-        return [picture(one, self.folder, self.limits) for one in found]
-
-    def kind(self) -> str:
-        found = self.get("kind", "ability", "data_source")
-        return "all" if found is None else _text(found, "kind", 200) or "all"
-
-    def id(self, stated: Any, *content: Any) -> str:
-        """The id that the row states, or a hash of what it holds."""
-        if stated is not None and not self.content_ids:
-            return scalar(stated, "id")
-        digest = hashlib.blake2b(digest_size=12)
-        for one in content:
-            data = one.read() if isinstance(one, Picture) else repr(one).encode()
-            digest.update(len(data).to_bytes(8, "little") + data)
-        return digest.hexdigest()
-
-
-def _read_metis_rl(row: _Row) -> Example:
-    reward = _mapping(row.get("reward_model"), "reward_model")
-    if reward.get("ground_truth") is None:
-        raise BadRow("missing_answer", "reward_model.ground_truth is null")
-    answer = scalar(reward["ground_truth"], "reward_model.ground_truth")
-    source = row.get("data_source")
-    source = "metis-rl" if source is None else _text(source, "data_source", 200)
-    extra = _mapping(row.get("extra_info") or {}, "extra_info")
-    stated = extra.get("index")
+def _read_metis_rl(row: Row) -> Example:
+    reward = mapping_of(row.get("reward_model"), "reward_model")
+    truths = truths_of(reward.get("ground_truth"), "reward_model.ground_truth")
+    extra = {"data_source": "metis-rl", "extra_info": {}} | row.extra()
+    stated = extra["extra_info"].get("index")
     if stated is not None:
-        stated = f"{source}/{scalar(stated, 'extra_info.index')}"
-    return _example(row, answer, stated, {"data_source": source, "extra_info": extra})
+        stated = f"{extra['data_source']}/{scalar(stated, 'extra_info.index')}"
+    return _example(row, "prompt", truths, stated, extra)
 
 
-def _read_prompt(row: _Row) -> Example:
-    return _example(row, _answer(row), row.get("id"), {})
+def _read_prompt(row: Row) -> Example:
+    return _example(row, "prompt", _truths(row), row.get("id"), row.extra())
 
 
-def _read_question(row: _Row) -> Example:
-    return _example(row, _answer(row), row.get("id"), {}, "question")
+def _read_question(row: Row) -> Example:
+    return _example(row, "question", _truths(row), row.get("id"), row.extra())
 
 
-def _answer(row: _Row) -> str:
-    found = row.get(*_NAMED)
-    if found is None:
-        raise BadRow("missing_answer", "the answer is null")
-    return scalar(found, "answer")
+def _truths(row: Row) -> list[str]:
+    return truths_of(row.get(*_NAMED), "the answer")
 
 
 def _example(
-    row: _Row, answer: str, stated: Any, extra: Mapping[str, Any], column: str = "prompt"
+    row: Row, column: str, truths: Sequence[str], stated: Any, extra: Mapping[str, Any]
 ) -> Example:
-    if not answer.strip():
-        raise BadRow("missing_answer", "the answer is blank")
     needs_tool = row.get("needs_tool")
     if needs_tool is not None and not isinstance(needs_tool, bool):
         raise BadRow("wrong_type", f"needs_tool is {needs_tool!r}, not true, false or null")
@@ -143,26 +93,33 @@ def _example(
     text = question_text(said[0].parts)
     if not text:
         raise BadRow("empty_prompt", "the question has no text")
+    options = {}
+    if (given := row.get("options")) is not None:
+        options = options_of(given, "options")
+        if not lists_options(text):
+            text = with_options(text, options)
     return Example(
-        row.id(stated, text, answer, *pictures),
+        row.id(stated, text, *truths, *pictures),
         row.kind(),
         text,
         tuple(pictures),
-        answer,
+        truths[0],
         needs_tool,
         extra,
+        tuple(truths[1:]),
+        options,
     )
 
 
-def _read_messages(row: _Row) -> Conversation:
+def _read_messages(row: Row) -> Conversation:
     return _conversation(row, *_messages(row, "messages"))
 
 
-def _read_completion(row: _Row) -> Conversation:
+def _read_completion(row: Row) -> Conversation:
     return _conversation(row, *_messages(row, "prompt", "completion"))
 
 
-def _conversation(row: _Row, messages: list[Message], pictures: list[Picture]) -> Conversation:
+def _conversation(row: Row, messages: list[Message], pictures: list[Picture]) -> Conversation:
     if not any(message.speaker == "policy" for message in messages):
         raise BadRow("no_policy_turn", f"{len(messages)} messages, none of role assistant")
     asked = [message.text for message in messages if message.speaker == "question"]
@@ -179,10 +136,11 @@ def _conversation(row: _Row, messages: list[Message], pictures: list[Picture]) -
         tuple(messages),
         tuple(pictures),
         tuple(_without_nulls(tools or [])),
+        row.extra(),
     )
 
 
-def _messages(row: _Row, *columns: str) -> tuple[list[Message], list[Picture]]:
+def _messages(row: Row, *columns: str) -> tuple[list[Message], list[Picture]]:
     """The messages of these columns, one behind the other, and the pictures in their order."""
     given = row.images()
     raw = [one for column in columns for one in _message_list(row, column)]
@@ -206,7 +164,7 @@ def _messages(row: _Row, *columns: str) -> tuple[list[Message], list[Picture]]:
         numbered: list[str | int] = []
         for part in parts:
             if isinstance(part, str):
-                numbered.append(_text(part, "content"))
+                numbered.append(text_of(part, "content"))
                 continue
             if part.value is None:
                 taken = next(queue, None)
@@ -235,7 +193,7 @@ def _speaker(message: Mapping[str, Any], before: Message | None) -> Speaker:
     return "observation" if role == "tool" or answers else "question"
 
 
-def _message_list(row: _Row, column: str) -> list[dict[str, Any]]:
+def _message_list(row: Row, column: str) -> list[dict[str, Any]]:
     value = row.get(column)
     if value is None:
         raise BadRow("empty_prompt", f"{column} is null")
@@ -282,7 +240,7 @@ def _part(part: Mapping[str, Any]) -> str | _Hole:
     if kind == "image":
         return _Hole(next((v for name in ("image", "url", "path") if (v := part.get(name))), None))
     if kind == "image_url":
-        return _Hole(_mapping(part.get("image_url"), "image_url").get("url"))
+        return _Hole(mapping_of(part.get("image_url"), "image_url").get("url"))
     raise BadRow("unsupported", f"content of type {kind!r}")
 
 
@@ -297,7 +255,7 @@ def _split(parts: list[str]) -> list[str | _Hole]:
 
 def _call(call: Any) -> tuple[str, dict[str, Any]]:
     """A call in the form of OpenAI: {"function": {"name", "arguments": object or JSON}}."""
-    function = _mapping(_mapping(call, "a tool call").get("function") or call, "a tool call")
+    function = mapping_of(mapping_of(call, "a tool call").get("function") or call, "a tool call")
     name, arguments = function.get("name"), function.get("arguments")
     if isinstance(arguments, str):
         arguments = decode_json(arguments)
@@ -313,43 +271,9 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def scalar(value: Any, name: str) -> str:
-    """A string or number as text: 0 is "0" and an answer like any other. Raises BadRow."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, list):
-        raise BadRow("unsupported", f"{name} is a list of {len(value)}; one value is read")
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise BadRow("not_a_number", f"{name} is {value}")
-        value = int(value) if value.is_integer() and abs(value) < 2**53 else repr(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow("wrong_type", f"{name} is {type(value).__name__}, not text or a number")
-    return _text(str(value), name)
-
-
-def _text(value: Any, name: str, limit: int = MAX_TEXT) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong_type", f"{name} is {type(value).__name__}, not text")
-    if len(value) > limit:
-        raise BadRow("bad_text", f"{name} has {len(value):,} characters, at most {limit:,}")
-    if found := _CONTROL.search(value):
-        raise BadRow("bad_text", f"{name} has {found.group()!r} in it, which ends or opens turns")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("bad_text", f"{name} cannot be encoded: {error.reason}") from None
-    return value
-
-
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong_type", f"{name} is {type(value).__name__}, not an object")
-    return value
-
-
 _IMAGES = ("images", "image")
-_ABOUT = ("id", "kind", "ability", "data_source", "needs_tool")
+_ABOUT = ("id", "kind", "ability", "data_source", "extra_info", "needs_tool")
+_ASKED = (*_NAMED, "options", *_IMAGES, *_ABOUT)
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -381,8 +305,9 @@ LAYOUTS = {
             "conversations",
             _read_completion,
         ),
-        Layout("prompt", ("prompt",), _NAMED + _IMAGES + _ABOUT, "questions", _read_prompt),
-        Layout("questions", ("question",), _NAMED + _IMAGES + _ABOUT, "questions", _read_question),
+        *BENCHMARKS,
+        Layout("prompt", ("prompt",), _ASKED, "questions", _read_prompt, _NAMED),
+        Layout("questions", ("question",), _ASKED, "questions", _read_question, _NAMED),
     )
 }
 
@@ -395,11 +320,8 @@ def find_layout(columns: Mapping[str, str], name: str | None = None, where: str 
     if name is not None and name not in LAYOUTS:
         raise DataError(f"there is no layout {name!r}; the layouts are: {', '.join(LAYOUTS)}")
     for layout in (LAYOUTS[name],) if name else LAYOUTS.values():
-        if not set(layout.needs) <= set(columns):
+        if not layout.fits(columns):
             continue
-        if layout.yields == "questions" and layout.name != "metis-rl":
-            if not set(_NAMED) & set(columns):
-                continue
         if layout.name == "metis-coldstart" and not name and "list" in columns["messages"]:
             continue
         return layout
@@ -411,10 +333,8 @@ def find_layout(columns: Mapping[str, str], name: str | None = None, where: str 
     )
 
 
-def _asked(layout: Layout) -> Iterator[str]:
-    yield from layout.needs
-    if layout.yields == "questions" and layout.name != "metis-rl":
-        yield "/".join(_NAMED)
+def _asked(layout: Layout) -> list[str]:
+    return [*layout.needs, *(["/".join(layout.any_of)] if layout.any_of else [])]
 
 
 def read_row(
@@ -428,4 +348,4 @@ def read_row(
     """One row. folder: what paths of images are relative to. content_ids: the id is a hash of what
     the row holds, whatever id it states. Raises BadRow."""
     strict = layout.name == "metis-coldstart"
-    return layout.read(_Row(values, folder, limits, strict, content_ids))
+    return layout.read(Row(values, folder, limits, strict, content_ids))

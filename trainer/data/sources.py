@@ -1,15 +1,17 @@
-"""Files of rows: parquet and JSON lines, streamed and read at random within a budget of memory.
+"""Files of rows: parquet, JSON lines, TSV; streamed or read at random within a budget of memory.
 
 Parquet is decoded in small batches, page by page. Writers put 1,024 rows on a page, and as many
 images in a dictionary before they give it up: a reader holds about three times that. A row group is
 the smallest part that can be read by itself: groups stay in an LRU with a limit of bytes, and a
 group that is too large for it (data frames are often written as one) is unpacked once into an
-unlinked temporary file. JSON lines are found by sparse byte offsets.
+unlinked temporary file. JSON lines are found by sparse byte offsets, the rows of a TSV, which are
+long, by an offset each.
 """
 
 from __future__ import annotations
 
 import bisect
+import csv
 import glob
 import json
 import os
@@ -26,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.pictures import BadRow
+from trainer.types import TrainingError
 
 _BATCH_BYTES = 8 * 2**20
 _PIECE_BYTES = 2**20
@@ -38,7 +41,7 @@ MAX_LINE = 256 * 2**20
 Row = dict[str, Any]
 
 
-class DataError(ValueError):
+class DataError(ValueError, TrainingError):
     """Data that cannot be used at all: the message names the file, the place and the mend."""
 
 
@@ -59,8 +62,8 @@ class Source(Protocol):
 
 
 def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files, folders (searched through for .parquet and .jsonl) and globs -> files, each once;
-    what a folder or a glob holds comes in the order of its names.
+    """Files, folders (searched through for .parquet, .jsonl and .tsv) and globs -> files, each
+    once; what a folder or a glob holds comes in the order of its names.
 
     Raises DataError for a path that holds nothing and for a file of another kind.
     """
@@ -82,7 +85,7 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
             found = [file for file in found if file.is_file()]
         if not found:
             raise DataError(
-                f"{given}: no such file, or a folder or pattern without .parquet, .jsonl"
+                f"{given}: no such file, or a folder or pattern without {', '.join(_KINDS)}"
             )
         files += found
     for file in files:
@@ -351,7 +354,88 @@ class JSONLines:
         return row
 
 
-_KINDS = {".parquet": ParquetRows, ".jsonl": JSONLines}
+class TSVRows:
+    """Tab-separated values under a line of names, quoted as `csv` and pandas do; a quoted value may
+    have line breaks in it. Every value is text, and an empty one is null. The file is read through
+    once to find where rows begin."""
+
+    def __init__(self, path: Path, cache: Cache):
+        self.path = path
+        self._stamp = _Stamp(path)
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
+        self._offsets = array("Q")
+        try:
+            records = self._records(0)
+            _, self._names = next(records, (0, []))
+            for offset, _ in records:
+                self._offsets.append(offset)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        if len(set(self._names)) < len(self._names):
+            raise DataError(f"{path}: two columns have one name: {', '.join(self._names)[:200]}")
+        self.columns = dict.fromkeys(self._names, "string")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def _records(self, offset: int) -> Iterator[tuple[int, list[str]]]:
+        """(byte at which it begins, its values) of every record from `offset` on; empty lines are
+        none."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            at = offset
+
+            def lines() -> Iterator[str]:
+                nonlocal at
+                while line := file.readline(MAX_LINE + 1):
+                    if len(line) > MAX_LINE:
+                        raise DataError(f"{self.path}: a line has more than {MAX_LINE:,} bytes")
+                    at += len(line)
+                    # What is not UTF-8 cannot be encoded again, which is found in its column.
+                    yield line.decode(
+                        "utf-8-sig" if at == len(line) else "utf-8", "surrogateescape"
+                    )
+
+            reader = csv.reader(lines(), delimiter="\t")
+            while True:
+                start = at
+                try:
+                    values = next(reader, None)
+                except csv.Error as error:
+                    raise DataError(
+                        f"{self.path}: the row at byte {start:,} is no TSV: {_said(error)}"
+                    ) from None
+                if values is None:
+                    return
+                if values:
+                    yield start, values
+
+    def stream(self, columns: Sequence[str], start: int = 0) -> Iterator[Row | BadRow]:
+        if start >= len(self):
+            return
+        self._stamp.check()
+        try:
+            for offset, values in self._records(self._offsets[start]):
+                if len(values) != len(self._names):
+                    yield BadRow(
+                        "wrong_type",
+                        f"the row at byte {offset:,} has {len(values)} values for "
+                        f"{len(self._names)} columns",
+                    )
+                    continue
+                row = dict(zip(self._names, values, strict=True))
+                yield {name: row.get(name) or None for name in columns}
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from None
+
+    def read(self, number: int, columns: Sequence[str]) -> Row:
+        row = next(self.stream(columns, number))
+        if isinstance(row, BadRow):
+            raise row
+        return row
+
+
+_KINDS = {".parquet": ParquetRows, ".jsonl": JSONLines, ".tsv": TSVRows}
 
 
 def decode_json(text: str | bytes, *, strict: bool = True) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.rollout import Script
+from trainer.rollout import Recorded, Script
 from trainer.tools import Toolbox
-from trainer.types import Question
+from trainer.types import Question, Rollout
 
 
 class Task(Protocol):
@@ -32,8 +32,16 @@ class Task(Protocol):
 
     def demonstrations(
         self, seed: int, count: int, direct_share: float
-    ) -> tuple[list[Question], list[Script]]:
+    ) -> tuple[list[Question], Sequence[Script | Recorded]]:
         """Questions and the scripts that play them for the cold start."""
+
+    @property
+    def unplayable(self) -> Mapping[str, int]:
+        """How many demonstrations there would be, but that they cannot be played; by reason."""
+
+    def fault(self, rollout: Rollout) -> str | None:
+        """Why a demonstration, now that it has been played, is not to be learnt from; None: it
+        is."""
 
 
 def load_task(name: str, **settings: Any) -> Task:

@@ -9,9 +9,10 @@ lowest `heldout_share`: the same ones for every seed, order of rows and machine.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,8 +27,9 @@ from trainer.data import (
     RowSet,
     permute,
 )
+from trainer.rollout import Recorded
 from trainer.tools import PythonTool, Toolbox
-from trainer.types import Observation, Question
+from trainer.types import Observation, Question, Rollout, Turn
 
 Paths = str | Path | Sequence[str | Path]
 _ATTEMPTS = 100
@@ -47,6 +49,52 @@ class Replay:
         return [(next(self._left), True)]
 
 
+class Demonstrations:
+    """Recorded conversations, for a cold start.
+
+    observations: executed, their calls are made anew; recorded, what the files say came back is
+    shown, and no tool runs. settings: as of Dataset. Files are opened when they are asked for.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        observations: Literal["executed", "recorded"] = "executed",
+        **settings: Any,
+    ):
+        self._paths, self._settings = paths, settings
+        self._recorded = observations == "recorded"
+        self.data: Dataset | None = None
+
+    def demonstrations(
+        self, seed: int, count: int, direct_share: float
+    ) -> tuple[list[Question], Sequence[Replay | Recorded]]:
+        """Up to `count` trajectories, each once. direct_share is not heeded: what the recorded
+        policy did is what is shown. Raises DataError for files that cannot be used."""
+        if self.data is None:
+            self.data = _open(self._paths, "conversations", **self._settings)
+        read = _recorded if self._recorded else _replay
+        pairs = list(itertools.islice(_scripts(self.data, seed, read), count))
+        if not pairs:
+            raise DataError(f"no conversation can be played again:\n{self.data.summary()}")
+        questions, scripts = zip(*pairs, strict=True)
+        return list(questions), list(scripts)
+
+    @property
+    def unplayable(self) -> Mapping[str, int]:
+        return {} if self.data is None else self.data.rejections.counts
+
+    def fault(self, rollout: Rollout) -> str | None:
+        """A recording is learnt from as far as it goes, whatever is wrong with it; what was
+        executed, where it ends in an answer and keeps the format."""
+        if self._recorded:
+            return None if any(rollout.policy) else "too_long"
+        if rollout.status != "ok":
+            return rollout.status
+        return None if rollout.formatted else "format"
+
+
 class FileTask:
     name = "file"
 
@@ -57,6 +105,7 @@ class FileTask:
         heldout: Paths | None = None,
         heldout_share: float = 0.05,
         demonstrations: Paths | None = None,
+        observations: Literal["executed", "recorded"] = "executed",
         layout: str | None = None,
         checks: Checks | None = None,
         cache_bytes: int = 256 * 2**20,
@@ -64,35 +113,35 @@ class FileTask:
         tools: Callable[[], Toolbox] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        """paths, heldout: questions; demonstrations: conversations, for the cold start. layout is
-        that of the questions; see Dataset for checks, cache_bytes, folder and progress. tools:
-        makes the toolbox (None: the python tool alone).
+        """paths, heldout: questions; demonstrations: conversations, for the cold start.
+        observations: see Demonstrations. layout is that of the questions; see Dataset for checks,
+        cache_bytes, folder and progress. tools: makes the toolbox (None: the python tool alone).
 
         Raises DataError (a ValueError) for files that cannot be used.
         """
-        self._open = lambda paths, layout, yields: _open(
-            paths,
-            yields,
-            layout=layout,
-            checks=checks,
-            cache_bytes=cache_bytes,
-            folder=folder,
-            progress=progress,
-        )
-        self.data: Dataset = self._open(paths, layout, "questions")
+        settings = {
+            "checks": checks,
+            "cache_bytes": cache_bytes,
+            "folder": folder,
+            "progress": progress,
+        }
+        self.data: Dataset = _open(paths, "questions", layout=layout, **settings)
         self.heldout_data: Dataset = self.data
         self._rows: RowSet
         if heldout is None:
             self._rows, self._heldout = self.data.split(heldout_share)
         else:
-            self.heldout_data = self._open(heldout, layout, "questions")
+            self.heldout_data = _open(heldout, "questions", layout=layout, **settings)
             self._rows = self.data.without(self.heldout_data)
             good = np.flatnonzero(self.heldout_data.good.members())
             self._heldout = good[np.argsort(self.heldout_data.hash[good], kind="stable")]
         if not len(self._rows):
             raise DataError(f"no question is left to train on:\n{self.data.summary()}")
-        self._demonstrations = demonstrations
-        self.demonstration_data: Dataset | None = None
+        self._demonstrations: Demonstrations | None = None
+        if demonstrations is not None:
+            self._demonstrations = Demonstrations(
+                demonstrations, observations=observations, **settings
+            )
         self._tools = tools
 
     @property
@@ -144,7 +193,7 @@ class FileTask:
         named = {
             "questions": self.data,
             "held out": self.heldout_data,
-            "demonstrations": self.demonstration_data,
+            "demonstrations": self._demonstrations and self._demonstrations.data,
         }
         if self.heldout_data is self.data:
             del named["held out"]
@@ -157,22 +206,21 @@ class FileTask:
 
     def demonstrations(
         self, seed: int, count: int, direct_share: float
-    ) -> tuple[list[Question], list[Replay]]:
-        """Up to `count` recorded trajectories, each once. direct_share is not heeded: what the
-        recorded policy did is what is shown."""
+    ) -> tuple[list[Question], Sequence[Replay | Recorded]]:
+        """See Demonstrations."""
         if self._demonstrations is None:
             raise DataError(
                 "a cold start needs recorded trajectories: name files of conversations as "
                 "demonstrations"
             )
-        if self.demonstration_data is None:
-            self.demonstration_data = self._open(self._demonstrations, None, "conversations")
-        data = self.demonstration_data
-        pairs = list(itertools.islice(_replays(data, seed), count))
-        if not pairs:
-            raise DataError(f"no conversation can be played again:\n{data.summary()}")
-        questions, scripts = zip(*pairs, strict=True)
-        return list(questions), list(scripts)
+        return self._demonstrations.demonstrations(seed, count, direct_share)
+
+    @property
+    def unplayable(self) -> Mapping[str, int]:
+        return {} if self._demonstrations is None else self._demonstrations.unplayable
+
+    def fault(self, rollout: Rollout) -> str | None:
+        return None if self._demonstrations is None else self._demonstrations.fault(rollout)
 
 
 def _open(paths: Paths, yields: str, **settings) -> Dataset:
@@ -199,19 +247,38 @@ def _question(data: Dataset, row: int) -> Question | None:
         return None
 
 
-def _replays(data: Dataset, seed: int) -> Iterator[tuple[Question, Replay]]:
+def _scripts(
+    data: Dataset,
+    seed: int,
+    read: Callable[[Conversation], tuple[Question, Replay | Recorded]],
+) -> Iterator[tuple[Question, Replay | Recorded]]:
+    """Every conversation that can be read so, in an order that is the seed's; others are noted."""
     for index in range(len(data)):
         row = data.good[permute(index, len(data), seed)]
         try:
             conversation = data[row]
             assert isinstance(conversation, Conversation)
-            turns = [turn.text for turn in conversation.turns]
-            if [find_call(text) is not None for text in turns] != [True] * (len(turns) - 1) + [
-                False
-            ]:
-                raise BadRow("unsupported", "turns that are not calls and then an answer")
-            yield conversation.example().question(), Replay(turns)
+            yield read(conversation)
         except BadRow as bad:
             if row not in data.damaged:
                 data.damaged.add(row)
                 data.reject(row, bad)
+
+
+def _replay(conversation: Conversation) -> tuple[Question, Replay]:
+    turns = [turn.text for turn in conversation.turns]
+    if [find_call(text) is not None for text in turns] != [True] * (len(turns) - 1) + [False]:
+        raise BadRow("unsupported", "turns that are not calls and then an answer")
+    return conversation.example().question(), Replay(turns)
+
+
+def _recorded(conversation: Conversation) -> tuple[Question, Recorded]:
+    """Of an observation its text comes first and then its pictures, as of those of our tools."""
+    turns = []
+    for turn in conversation.turns:
+        told = turn.observation
+        if told is not None:
+            images = tuple(conversation.pictures[n].open() for n in told.shown)
+            told = Observation(told.text, images)
+        turns.append(Turn(turn.text, None, told))
+    return conversation.example(answered=False).question(), Recorded(turns)

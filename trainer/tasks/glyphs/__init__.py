@@ -5,12 +5,13 @@ scene.py           the pictures
 questions.py       eight kinds of question
 tools.py           the real tools, made unreliable
 demonstrations.py  the cold start's trajectories
+raw.py             flawed trajectories, for curation
 base.py            the tiny Qwen3-VL that all begins with; base/ holds its weights
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from trainer.tasks.glyphs import tools
 from trainer.tasks.glyphs.demonstrations import Script
 from trainer.tasks.glyphs.questions import KINDS, draft
 from trainer.tools import Toolbox
-from trainer.types import Question
+from trainer.types import Question, Rollout
 
 _STREAM = 10_000_000
 """Questions of one seed before the next seed's begin."""
@@ -61,6 +62,20 @@ class Glyphs:
             questions.append(one.question)
             scripts.append(Script(one, rng, direct))
         return questions, scripts
+
+    @property
+    def unplayable(self) -> Mapping[str, int]:
+        return {}
+
+    def fault(self, rollout: Rollout) -> str | None:
+        """Scripts answer what is true. Where the tool told something else, they would teach not to
+        believe it."""
+        if not (rollout.scored and rollout.formatted):
+            return rollout.status if rollout.status != "ok" else "format"
+        told = [turn.observation for turn in rollout.turns if turn.observation is not None]
+        if told and told[-1].text and rollout.question.answer not in told[-1].text:
+            return "contradicted"
+        return None
 
 
 _ANSWERABLE = [n for n, kind in KINDS.items() if not kind.needs_tool] + ["glyph_medium"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,8 @@ FAILURES = 0.06
 """Share of calls, of any tool, that come back with an error although nothing was wrong."""
 DISTRACTIONS = 0.10
 """Share of calls whose text is wrong: an outdated passage, a stale number. Pictures are not."""
+
+Fate = Literal["works", "fails", "misleads"]
 
 
 class Unreliable:
@@ -40,11 +43,11 @@ class Unreliable:
 
     async def call(self, session: Session, **arguments) -> Observation:
         rng = np.random.default_rng([session.seed, session.calls])
-        luck = rng.random()
-        if luck < self.failures:
+        fate = _fate(rng, self.failures, self.distractions)
+        if fate == "fails":
             return Observation("Error: the tool is busy, try again.", status="tool_error")
         observation = await self.tool.call(session, **arguments)
-        if luck < self.failures + self.distractions and observation.status == "ok":
+        if fate == "misleads" and observation.status == "ok":
             return replace(observation, text=_misled(observation.text, rng))
         return observation
 
@@ -52,6 +55,19 @@ class Unreliable:
         closing = self.tool.close() if hasattr(self.tool, "close") else None
         if inspect.isawaitable(closing):
             await closing
+
+
+def fate(seed: int, call: int) -> Fate:
+    """What becomes of call number `call`, from 1, of a trajectory of this seed: "works", "fails" or
+    "misleads"."""
+    return _fate(np.random.default_rng([seed, call]), FAILURES, DISTRACTIONS)
+
+
+def _fate(rng: np.random.Generator, failures: float, distractions: float) -> Fate:
+    luck = rng.random()
+    if luck < failures:
+        return "fails"
+    return "misleads" if luck < failures + distractions else "works"
 
 
 def _misled(text: str, rng: np.random.Generator) -> str:
