@@ -243,8 +243,8 @@ def _never() -> bool:
 
 
 def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advantages:
-    """Advantages [N] of rollouts that lie group after group. What was forced to call is in the
-    accuracy channel alone (see trainer.selection)."""
+    """Advantages [N] of rollouts that lie group after group. What was forced to call or to answer
+    is in the accuracy channel alone (see trainer.selection)."""
     scored = torch.tensor([rollout.scored for rollout in rollouts])
     calls = torch.tensor([rollout.calls for rollout in rollouts])
     correct = torch.tensor([rollout.correct for rollout in rollouts])
@@ -257,7 +257,7 @@ def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advant
         correct,
         torch.arange(len(rollouts)) // config.group_size,
         scored=scored,
-        truncated=torch.tensor([r.status == "truncated" or r.mode == "forced" for r in rollouts]),
+        truncated=torch.tensor([r.status == "truncated" or r.mode != "allowed" for r in rollouts]),
     )
 
 

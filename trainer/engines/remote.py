@@ -228,6 +228,9 @@ class RemoteAgent:
                 task.cancel()
             if pending:
                 await asyncio.wait(pending, timeout=CANCEL_SECONDS)
+            for task in tasks:  # one error is told; the others are not to be complained of
+                if task.done() and not task.cancelled():
+                    task.exception()
 
     async def _trajectory(self, rollout: Rollout, slots: asyncio.Semaphore) -> None:
         async with slots:
