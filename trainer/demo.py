@@ -20,10 +20,6 @@ from trainer.log import RunLog
 if TYPE_CHECKING:
     from trainer.cli import Program
 
-CURATION_SAMPLES = 4
-"""Answers of the base model to each question whose trajectory calls: what all of them get right
-needs no tool."""
-
 
 def run(program: Program, summary: dict[str, Any], *, compare: bool, curate: bool) -> None:
     """Fills the summary as it goes. Raises ConfigError for settings that resetting weights rules
@@ -94,7 +90,6 @@ def _curate(raw: Path, folder: Path, config: Config) -> Path:
     """`metis curate sft --task glyphs` on the raw trajectories -> the dataset that it leaves."""
     tree = config.to_dict()
     tree["data"]["paths"] = [str(raw)]
-    tree["curate"]["k"] = CURATION_SAMPLES
     done = curate_cli.curate("sft", [str(raw)], Config.model_validate(tree), folder)
     if done != curate_cli.DONE:
         raise KeyboardInterrupt

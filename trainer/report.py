@@ -308,6 +308,7 @@ def context(run: Run) -> dict[str, Any]:
         figures=FIGURES,
         base=section(run.summary, "base"),
         before=section(run.summary, "sft"),
+        uncurated=section(run.summary, "uncurated"),
         after=section(run.summary, "final"),
         needed=needed_rate(run),
         stages=section(run.summary, "stages"),

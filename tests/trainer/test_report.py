@@ -62,6 +62,16 @@ def test_whole_run(whole):
     assert "step 30 · accuracy" in titles
 
 
+def test_a_curated_cold_start_stands_beside_the_raw_one(tmp_path):
+    folder = make_run(tmp_path / "demo")
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["uncurated"] = summary["sft"] | {"accuracy": 0.777, "calls": 1.25}
+    path.write_text(json.dumps(summary))
+    words = check_page(write_report(folder)).words
+    assert "an accuracy of 77.7" in words and "with 1.25 instead of" in words
+
+
 def test_order_of_sections(whole):
     text = write_report(whole).read_text("utf-8")
     order = ["Tool rate", "RL step</text>", "Cold start", "<h2>Arbitration", "<h2>Health",
