@@ -1,7 +1,7 @@
 """The demo over several seeds, for the record: what the README says about it.
 
     python -m bench.bench_demo --seeds 0 1 2      (about three minutes a seed on two cores)
-    python -m bench.bench_demo --curate           (about six minutes a seed)
+    python -m bench.bench_demo --curate           (about ten minutes a seed)
     python -m bench.bench_demo --compare          (about forty minutes)
     python -m bench.render
 

@@ -105,11 +105,10 @@ def curated(record: dict[str, Any]) -> str:
         for reason in sorted(reasons)
     }
     kept = _spread([run["curation"]["kept"] for run in runs], "{}")
-    minutes = _spread([run["seconds"] / 60 for run in runs], "{:.1f}")
     lines = [
         f"{runs[0]['curation']['rows']:,} raw trajectories a seed, {kept} kept. Dropped: "
         + ", ".join(f"{reason} {number}" for reason, number in count.items())
-        + f". Seeds {', '.join(str(run['seed']) for run in runs)}, {minutes} minutes each; "
+        + f". Seeds {', '.join(str(run['seed']) for run in runs)}; "
         f"{runs[0]['sft']['n']} held-out questions, range over the seeds:",
         "",
         "| | tool rate | redundant calls | missed calls | calls per question | accuracy |",
