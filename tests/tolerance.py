@@ -16,9 +16,10 @@ from metis_kernels import HDPOConfig, HDPOTargets
 from metis_kernels.linear_hdpo import linear_hdpo_ref
 
 FORWARD, GRADIENT = 2.0, 3.0
-_ULPS = {torch.float64: 64}
+_ULPS = {torch.float64: 256}
 """Where plain torch happens to hit the truth exactly, this many ulps of the largest value stay: 4,
-or more in float64, where plain torch is the truth itself."""
+or more in float64, where plain torch is the truth itself and as rounded as the operator: a sum over
+a vocabulary of 50,257 in another order differs by about the root of that, 224 ulps."""
 
 
 def error(value: Tensor, truth: Tensor) -> float:

@@ -161,3 +161,22 @@ def test_ctrl_c_ends_within_a_step_and_says_where_the_results_are(tmp_path):
     assert summary["status"] == "interrupted" and "final" not in summary
     assert (metrics.parent / "report.html").exists()
     assert "interrupted after" in out and str(Path("runs") / "demo") in out
+
+
+def test_the_demo_from_raw_trajectories(tmp_path):
+    """Raw, curated, a cold start from each, and the curated one is what RL goes on with."""
+    done = metis("demo", "--curate", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "demo"
+    summary = json.loads((folder / "summary.json").read_text())
+    curation = summary["curation"]
+    assert curation["rows"] == 48 == curation["kept"] + curation["dropped"] + curation["bad"]
+    lines = [json.loads(line) for line in (folder / "curated" / "curation.jsonl").open()]
+    kept = [line["id"] for line in lines if line["verdict"] == "kept"]
+    labels = [json.loads(line) for line in (folder / "raw" / "labels.jsonl").open()]
+    flawed = {label["id"] for label in labels if label["flaw"] not in (None, "solvable")}
+    assert len(lines) == 48 and len(kept) == curation["kept"] > 10 and flawed.isdisjoint(kept)
+    raw = json.loads((folder / "uncurated" / "summary.json").read_text())
+    assert raw["sft"] == summary["uncurated"] and summary["sft"]["n"] == summary["final"]["n"]
+    assert "48 demonstrations" in done.stdout and f"{len(kept)} demonstrations" in done.stdout
+    assert "The same cold start from the raw ones" in (folder / "report.html").read_text()
