@@ -478,7 +478,7 @@ def _joined(cut: Sampled, ending: Sampled, room: int) -> Sampled:
 
 
 def _share_time(rollouts: Sequence[Rollout], turns: Sequence[Sampled], seconds: float) -> None:
-    tokens = sum(len(sampled.ids) for sampled in turns)
+    tokens = max(sum(len(sampled.ids) for sampled in turns), 1)  # none: nobody wrote anything
     for rollout, sampled in zip(rollouts, turns, strict=True):
         rollout.model_seconds += seconds * len(sampled.ids) / tokens
 
