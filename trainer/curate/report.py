@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trainer.curate.outputs import place
@@ -22,7 +21,8 @@ from trainer.curate.pipeline import Curation, Fate
 from trainer.curate.rows import question_of
 from trainer.curate.verdicts import REASONS
 from trainer.data import BadRow, Conversation, Picture
-from trainer.svg import PALETTES, el, save, svg, svg_style, visible
+from trainer.report import template
+from trainer.svg import PALETTES, el, save, svg, svg_style
 
 EXAMPLES = 3
 """Rows of each reason that are shown, and of those that are kept."""
@@ -81,17 +81,9 @@ def funnel(found: list[Step]) -> Markup:
 
 def write_report(curation: Curation, folder: Path, title: str, settings: str) -> Path:
     """Writes report.html. settings: YAML, shown at the page's end. Raises RunError."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["visible"] = visible
     found = steps(curation)
     counts = Counter(fate.verdict for fate in curation.fates)
-    page = environment.get_template("report.html.j2").render(
+    page = template("curate/report.html.j2").render(
         title=title,
         palettes=PALETTES,
         svg_style=svg_style(),
