@@ -11,7 +11,6 @@ for nothing here. Exits 1 where a target of TARGETS is missed.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import sys
@@ -33,6 +32,7 @@ from trainer.curate.pipeline import Curation, Plan
 from trainer.curate.stages import Answer, Execution, Reading
 from trainer.data import Dataset
 from trainer.log import Progress, RunLog
+from trainer.loop import every
 from trainer.tasks import load_task
 from trainer.tasks.glyphs.raw import write_raw
 from trainer.types import Session
@@ -44,10 +44,6 @@ NAMES = {"tool_answer": "answer_from_tool"}
 
 
 _CALL = turn_text("", call=("python", {"code": "1"}))
-
-
-async def _every(coroutines: list[Any]) -> None:
-    await asyncio.gather(*coroutines)
 
 
 class Timed(RunLog):
@@ -81,7 +77,7 @@ def curate(raw: Path, folder: Path) -> tuple[Curation, Timed]:
     curation = Curation(Dataset(raw), plan, Journal(folder / "journal.jsonl"), log)
     try:
         starting = [toolbox.execute_turn(_CALL, Session([], seed)) for seed in range(4)]
-        curation._loop.run_until_complete(_every(starting))
+        curation._loop.run(every(starting))
         curation.run()
     finally:
         curation.close(toolbox)

@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from trainer.engines.hf import HFEngine
+from trainer.interrupt import never
 from trainer.rollout import Player
 from trainer.types import Mode, Question, Rollout
-
-
-def never() -> bool:
-    return False
 
 
 class Agent(Protocol):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +22,20 @@ from typing import Any
 from trainer import curate_cli, demo, eval_cli, tools_cli
 from trainer import plan as planning
 from trainer.config import Config, ConfigError, load
+from trainer.interrupt import stop_requests
 from trainer.log import Muted, RunError, RunLog, open_run
 from trainer.parallel import World, join, leave
 from trainer.setup import (
     check_model,
     check_sizes,
+    load_model,
+    make_engine,
     make_grader,
+    make_limits,
     make_task,
     make_toolbox,
     model_path,
+    start,
 )
 from trainer.types import TrainingError
 
@@ -142,55 +146,30 @@ class Program:
         world: World,
     ):
         # Imported here, so that a wrong flag is answered at once and not after torch has loaded.
-        import torch
-        from transformers.utils import logging as transformers_logging
+        from trainer.rollout import Player
 
-        from metis_kernels.adapters.hf import apply_liger
-        from trainer.engines.hf import HFEngine
-        from trainer.model import VisionLanguageModel
-        from trainer.rollout import Limits, Player
-
-        transformers_logging.disable_progress_bar()
-        torch.manual_seed(config.seed)
+        start(config)
         self.config, self.folder, self.log, self.stopping = config, folder, log, stopping
         self.world = world
         self.task = make_task(config, log)
         grader = make_grader(config, folder)
-        path = model_path(config)
-        device = config.model.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         model = config.model
-        self.vlm = VisionLanguageModel.load(
-            path,
-            model.dtype,
-            device,
+        self.vlm = load_model(
+            config,
+            model_path(config),
             freeze_vision=model.freeze_vision,
             checkpointing=model.checkpointing,
             lora=model.lora,
         )
-        try:
-            apply_liger(self.vlm.model)
-        except ImportError:
-            log.say(
-                "liger-kernel is not installed (pip install '.[gpu]'): transformers' own layers"
-            )
         # What plays, is evaluated and saved: the model itself, or the plain copy of a sharded one.
         self.played = replace(self.vlm, model=world.replica(self.vlm.model))
         world.shard(self.vlm.model)
-        rollout = config.rollout
-        limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
+        limits = make_limits(config)
         self.player = Player(self.played, make_toolbox(config, self.task), limits, grader)
         self.direct_player = Player(self.played, None, limits, grader)
         self.engine, self.greedy = (
-            HFEngine(
-                self.played,
-                temperature=temperature,
-                max_batch=rollout.max_batch,
-                max_cache_bytes=rollout.max_cache_bytes,
-                cuda_graphs=rollout.cuda_graphs,
-            )
-            for temperature in (rollout.temperature, config.evaluate.temperature)
+            make_engine(config, self.played, temperature)
+            for temperature in (config.rollout.temperature, config.evaluate.temperature)
         )
 
     def close(self) -> None:
@@ -292,7 +271,12 @@ def _program(
         permit_unsafe()
     world = join()
     folder = _open(args, world)
-    with RunLog(folder) if world.main else Muted(folder) as log, _stopping(log) as stopping:
+    with (
+        RunLog(folder) if world.main else Muted(folder) as log,
+        stop_requests(
+            lambda: log.say("stopping after this step; once more stops at once")
+        ) as stopping,
+    ):
         log.config(config.to_dict())
         summary: dict[str, Any] = {"status": "failed", "seed": config.seed, "stages": {}}
         program = None
@@ -338,25 +322,6 @@ def _versions(config: Config) -> dict[str, Any]:
         "torch": torch.__version__,
         "metis_kernels": metis_kernels.__version__,
     }
-
-
-@contextmanager
-def _stopping(log: RunLog) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM once: the run ends within a step. Twice: at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        log.say("stopping after this step; once more stops at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _write_report(folder: Path, log: RunLog) -> None:

@@ -11,10 +11,9 @@ import argparse
 import hashlib
 import json
 import re
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,18 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trainer.config import Config, ConfigError, load
+from trainer.interrupt import stop_requests
 from trainer.log import RunLog
-from trainer.setup import make_grader, make_remote_agent, make_toolbox, model_path
+from trainer.setup import (
+    load_model,
+    make_engine,
+    make_grader,
+    make_limits,
+    make_remote_agent,
+    make_toolbox,
+    model_path,
+    start,
+)
 
 if TYPE_CHECKING:  # what is wrong with the settings is to be answered at once
     from trainer.agents import Agent
@@ -116,7 +125,7 @@ def curate(
     from trainer.curate.stages import Stopped
 
     check_folder(out, overwrite=overwrite)
-    with RunLog(out) as log, _stopping(log) as stopping, ExitStack() as closing:
+    with RunLog(out) as log, stop_requests() as stopping, ExitStack() as closing:
         try:
             data, files = _open(paths, command, config, stopping)
             settings = {name: config.to_dict()[name] for name in SECTIONS}
@@ -264,24 +273,6 @@ def _open(
     return data, files
 
 
-@contextmanager
-def _stopping(log: RunLog) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM once: it ends in a moment. Twice: at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ---- what the stages are made of -----------------------------------------------------------------
 
 
@@ -419,34 +410,19 @@ def _agent(config: Config, toolbox: Toolbox | None, folder: Path, closing: ExitS
         remote.check()
         return remote
 
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     from trainer.agents import LocalAgent
-    from trainer.engines.hf import HFEngine
-    from trainer.model import VisionLanguageModel, check_path
-    from trainer.rollout import Limits, Player
+    from trainer.model import check_path
+    from trainer.rollout import Player
 
-    transformers_logging.disable_progress_bar()
-    torch.manual_seed(config.seed)
+    start(config)
     path = model_path(config)
     check_path(path)
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    vlm = VisionLanguageModel.load(path, config.model.dtype, device)
-    rollout = config.rollout
-    limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
+    vlm = load_model(config, path)
+    limits = make_limits(config)
     player, direct = Player(vlm, toolbox, limits, grader), Player(vlm, None, limits, grader)
     closing.callback(player.close)
     closing.callback(direct.close)
-    engine = HFEngine(
-        vlm,
-        temperature=rollout.temperature,
-        max_batch=rollout.max_batch,
-        max_cache_bytes=rollout.max_cache_bytes,
-        cuda_graphs=rollout.cuda_graphs,
-    )
+    engine = make_engine(config, vlm, config.rollout.temperature)
     return LocalAgent(_model_name(path), engine, player, direct)
 
 

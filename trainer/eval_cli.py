@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,16 @@ from trainer.log import RunError, RunLog
 from trainer.parallel import World
 from trainer.setup import (
     check_model,
+    load_model,
     make_client,
+    make_engine,
     make_grader,
+    make_limits,
     make_remote_agent,
     make_task,
     make_toolbox,
     model_path,
+    start,
 )
 from trainer.types import Mode, Question, Rollout
 
@@ -119,12 +123,7 @@ class Evaluation:
         stopping: Callable[[], bool],
         world: World,
     ):
-        # Imported here, so that a wrong flag is answered at once and not after torch has loaded.
-        import torch
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        torch.manual_seed(config.seed)
+        start(config)
         self.config, self.folder, self.log = config, folder, log
         self.stopping, self.world = stopping, world
         self.modes: tuple[Mode, ...] = ("direct",) if args.no_tools else ("allowed",)
@@ -220,28 +219,12 @@ class Evaluation:
 
     @contextmanager
     def _local(self, name: str, path: Any) -> Iterator[Any]:
-        import torch
-
-        from metis_kernels.adapters.hf import apply_liger
         from trainer.agents import LocalAgent
-        from trainer.engines.hf import HFEngine
-        from trainer.model import VisionLanguageModel
-        from trainer.rollout import Limits, Player
+        from trainer.rollout import Player
 
-        rollout, device = self.config.rollout, self.config.model.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        vlm = VisionLanguageModel.load(path, self.config.model.dtype, device)
-        with suppress(ImportError):  # without liger-kernel: transformers' own layers
-            apply_liger(vlm.model)
-        engine = HFEngine(
-            vlm,
-            temperature=self.config.evaluate.temperature,
-            max_batch=rollout.max_batch,
-            max_cache_bytes=rollout.max_cache_bytes,
-            cuda_graphs=rollout.cuda_graphs,
-        )
-        limits = Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens)
+        vlm = load_model(self.config, path)
+        engine = make_engine(self.config, vlm, self.config.evaluate.temperature)
+        limits = make_limits(self.config)
         toolbox = make_toolbox(self.config, self.task)
         with (
             Player(vlm, toolbox, limits, self.grader) as player,

@@ -14,6 +14,7 @@ from typing import Any
 from trainer import answers as kept
 from trainer.agents import Agent
 from trainer.answers import Answer
+from trainer.interrupt import never
 from trainer.log import RunLog
 from trainer.parallel import World
 from trainer.types import Mode, Question, Rollout
@@ -56,7 +57,7 @@ def evaluate(
                 [questions[n] for n, _ in part],
                 [_SEED + n + sample * count for n, sample in part],
                 mode=mode,
-                stopping=stopping if world.size == 1 else lambda: False,
+                stopping=stopping if world.size == 1 else never,
             )
             batch = [
                 Answer.of(rollout, agent.name, sample)

@@ -1,10 +1,11 @@
-"""Images from outside, opened in one place and within limits; and any image as plain RGB.
+"""Images from outside, opened in one place and within limits; any image as plain RGB, and as text.
 
 A leaf: of the trainer it imports nothing.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 from dataclasses import dataclass
 
@@ -93,6 +94,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ground.paste(image, mask=image.getchannel("A"))
         return ground
     return image.convert("RGB")
+
+
+def png_base64(image: Image.Image) -> str:
+    """A PNG file of the image, in base64."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def png_uri(image: Image.Image) -> str:
+    return f"data:image/png;base64,{png_base64(image)}"
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

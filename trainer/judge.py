@@ -9,9 +9,7 @@ nothing of use, leaves a rollout *unscored*: never wrong, never 0.
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import logging
 import re
@@ -22,6 +20,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
+from trainer.images import png_uri
 from trainer.json_cache import JsonCache, content_key
 from trainer.openai_client import EndpointError, OpenAIClient
 from trainer.types import TrainingError
@@ -375,8 +374,7 @@ class Judge:
         if not self.images or not case.images:
             return text
         images = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}}
-            for image in case.images
+            {"type": "image_url", "image_url": {"url": png_uri(image)}} for image in case.images
         ]
         return [*images, {"type": "text", "text": text}]
 
@@ -389,12 +387,6 @@ def _is_entry(value: Any) -> bool:
         and value[0] in ("correct", "incorrect")
         and isinstance(value[1], str)
     )
-
-
-def _png(image: Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _image_hash(image: Image) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import metis_kernels as mk
+from trainer.images import png_base64
 from trainer.model import VisionLanguageModel
 from trainer.types import Rollout
 
@@ -48,7 +47,7 @@ def records(
             "tokens": _tokens(vlm, rollout) if rollout.ids else _texts(rollout),
         }
         if images:
-            record["images"] = [_png(image) for image in rollout.images]
+            record["images"] = [png_base64(image) for image in rollout.images]
         yield record
 
 
@@ -82,9 +81,3 @@ def _texts(rollout: Rollout) -> list[list[Any]]:
                 shown += 1
                 tokens.append([f"<image {shown}>", None, False, 0.0])
     return tokens
-
-
-def _png(image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -16,7 +16,6 @@ every count.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 import metis_kernels as mk
 from metis_kernels.adapters import hf
 from trainer.batch import Batch, pack
+from trainer.collect import Collector
 from trainer.config import OptimizerConfig, RLConfig
 from trainer.engines.hf import HFEngine
 from trainer.log import RunLog
@@ -37,7 +37,7 @@ from trainer.rollout import Player
 from trainer.selection import (
     arbitration,
     channel_shares,
-    group_modes,
+    group_advantages,
     group_records,
     has_signal,
     pass_rates,
@@ -74,6 +74,7 @@ def rl(
         vlm.model, optimizer_config, config.lr, config.betas, config.weight_decay
     )
     reference = Reference(vlm) if config.loss.kl_coef else None
+    collector = Collector(task, player, engine, config, seed, stopping, world)
     nonfinite = 0
     position = 0  # in the task's stream of questions
     with log.progress("rl", config.steps) as bar:
@@ -81,9 +82,7 @@ def rl(
             start = time.perf_counter()
             engine.stats()  # counts from here on
             with states_on_host(optimizer, optimizer_config.offload_during_rollouts):
-                collected = _collect(
-                    task, player, engine, config, seed, step, position, stopping, world
-                )
+                collected = collector.collect(step, position)
             position += len(collected.played) // config.group_size
             rollouts = collected.rollouts
             played = time.perf_counter()
@@ -131,134 +130,6 @@ def schedule(step: int, config: RLConfig) -> float:
     warm = min(1.0, step / max(config.warmup, 1))
     left = (config.steps - step) / max(config.decay * config.steps, 1)
     return warm * max(0.1, min(1.0, left))
-
-
-@dataclass
-class Collected:
-    """The rollouts of a step, group after group."""
-
-    rollouts: list[Rollout]
-    """What is learned from: `prompts` groups."""
-    played: list[Rollout]
-    """All, in the order in which they were drawn."""
-    dropped: list[bool]
-    """Of each group that was played, whether another took its place."""
-
-
-def _collect(
-    task: Task,
-    player: Player,
-    engine: HFEngine,
-    config: RLConfig,
-    seed: int,
-    step: int,
-    position: int,
-    stopping: Callable[[], bool],
-    world: World,
-) -> Collected:
-    """Plays `prompts` groups, and draws further questions in the place of those without signal, at
-    most `resample` times. What is still missing then is filled up with groups without signal."""
-    groups: list[list[Rollout]] = []
-    loud: list[bool] = []
-    for _ in range(config.resample + 1):
-        missing = config.prompts - sum(loud)
-        if not missing:
-            break
-        rollouts = _play(
-            task,
-            player,
-            engine,
-            config,
-            seed,
-            step,
-            position,
-            len(groups),
-            missing,
-            stopping,
-            world,
-        )
-        size = config.group_size
-        groups += [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
-        loud += has_signal(group_advantages(rollouts, config), config).tolist()
-    silent = [number for number, signal in enumerate(loud) if not signal]
-    dropped = set(silent[config.prompts - sum(loud) :])
-    return Collected(
-        [r for number, group in enumerate(groups) if number not in dropped for r in group],
-        [r for group in groups for r in group],
-        [number in dropped for number in range(len(groups))],
-    )
-
-
-def _play(
-    task: Task,
-    player: Player,
-    engine: HFEngine,
-    config: RLConfig,
-    seed: int,
-    step: int,
-    position: int,
-    first: int,
-    count: int,
-    stopping: Callable[[], bool],
-    world: World,
-) -> list[Rollout]:
-    """Groups number first .. first + count - 1 of a step: a function of (seed, step, position),
-    where position is that of the step's first question in the task's stream."""
-    if world.size > 1:  # a rank that stopped by itself would leave the others waiting
-        if world.any(stopping()):
-            raise KeyboardInterrupt
-        stopping = _never
-    questions = task.train(seed, position + first, count)
-    modes = group_modes(config)
-    repeated = [
-        (question, zlib.crc32(f"{seed}/{step}/{g * config.group_size + i}".encode()), mode)
-        for g, question in enumerate(questions, first)
-        for i, mode in enumerate(modes)
-    ]
-    mine, played, failure = world.share(repeated), [], None
-    try:
-        if mine:
-            asked, seeds, ways = zip(*mine, strict=True)
-            played = player.play(engine, asked, seeds, modes=ways, stopping=stopping)
-    except TrainingError as error:
-        failure = error
-    if world.any(failure is not None):  # or the others would wait for ever
-        raise failure or TrainingError("another process could not play; its message says why")
-    return one_question_a_group(world.gather(played), config.group_size)
-
-
-def one_question_a_group(rollouts: list[Rollout], group_size: int) -> list[Rollout]:
-    """What came from other processes has copies of a question's pictures; a group shares one set,
-    so that its prompt is packed once."""
-    for start in range(0, len(rollouts), group_size):
-        question = rollouts[start].question
-        for rollout in rollouts[start : start + group_size]:
-            rollout.images[: len(question.images)] = question.images
-            rollout.question = question
-    return rollouts
-
-
-def _never() -> bool:
-    return False
-
-
-def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advantages:
-    """Advantages [N] of rollouts that lie group after group. What was forced to call or to answer
-    is in the accuracy channel alone (see trainer.selection)."""
-    scored = torch.tensor([rollout.scored for rollout in rollouts])
-    calls = torch.tensor([rollout.calls for rollout in rollouts])
-    correct = torch.tensor([rollout.correct for rollout in rollouts])
-    acc_reward = torch.tensor([rollout.accuracy_reward for rollout in rollouts])
-    if config.reward == "coupled":
-        acc_reward = acc_reward + config.coupled_alpha / (calls + 1)
-    return mk.hdpo_advantages(
-        acc_reward,
-        mk.tool_reward(calls, correct),
-        correct,
-        torch.arange(len(rollouts)) // config.group_size,
-        scored=scored,
-        truncated=torch.tensor([r.status == "truncated" or r.mode != "allowed" for r in rollouts]),
-    )
 
 
 _SUMMED = ("loss", "loss_acc", "loss_tool", "nonfinite_tokens", "active_tokens")

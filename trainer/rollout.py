@@ -8,8 +8,6 @@ loss mask grows together with the ids.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -27,6 +25,8 @@ from trainer.chat import (
 )
 from trainer.engines.hf import HFEngine, Sampled
 from trainer.grade import Grader
+from trainer.interrupt import never
+from trainer.loop import Loop, every
 from trainer.model import VisionLanguageModel
 from trainer.reward import grade, score
 from trainer.tools import Toolbox
@@ -34,8 +34,6 @@ from trainer.types import Mode, Observation, Question, Rollout, Session, Trainin
 
 TAGS = {"answer": ANSWER_OPEN, "call": CALL_OPEN}
 _SENTINEL = "\u241fturn\u241f"
-CANCEL_SECONDS = 5.0
-"""For what runs in the tools to give way to an interrupt."""
 
 
 class TemplateError(RuntimeError):
@@ -90,17 +88,13 @@ class Player:
         self.limits = limits or Limits()
         self._special = SpecialTokens(vlm.tokenizer)
         self.system = system_prompt(self._escaped(toolbox.schemas()) if toolbox else ())
-        self._loop = asyncio.new_event_loop()
+        self._loop = Loop()
 
     def close(self) -> None:
         try:
             if self.toolbox is not None:
-                self._run(self.toolbox.close())
+                self._loop.run(self.toolbox.close())
         finally:
-            left = asyncio.all_tasks(self._loop)  # calls that would not be cancelled
-            for task in left:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
     def __enter__(self) -> Player:
@@ -116,7 +110,7 @@ class Player:
         seeds: Sequence[int],
         *,
         modes: Sequence[Mode] | None = None,
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] = never,
     ) -> list[Rollout]:
         """One scored rollout a question. modes: how each is played (None: all "allowed").
         `stopping` is polled between turns; once it is true, KeyboardInterrupt is raised, for a
@@ -178,7 +172,7 @@ class Player:
             rollout.prompt_tokens = len(rollout.ids) - rollout.sampled_tokens
             score(rollout)
         if self.grader is not None:
-            self._run(grade(rollouts, self.grader))
+            self._loop.run(grade(rollouts, self.grader))
         return rollouts
 
     def _redirect(
@@ -291,19 +285,7 @@ class Player:
         rollout.turns.append(Turn(text))
         return text
 
-    # ---- sessions and the loop -------------------------------------------------------------------
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Runs it to its end. What is interrupted is cancelled, and not resumed by a later run."""
-        task = self._loop.create_task(coroutine)
-        try:
-            return self._loop.run_until_complete(task)
-        except BaseException:
-            task.cancel()
-            for _ in range(3):  # a second KeyboardInterrupt may break off the loop again
-                with contextlib.suppress(BaseException):
-                    self._loop.run_until_complete(asyncio.wait({task}, timeout=CANCEL_SECONDS))
-            raise
+    # ---- sessions --------------------------------------------------------------------------------
 
     @contextmanager
     def _sessions(self, rollouts: Sequence[Rollout]) -> Iterator[dict[int, Session]]:
@@ -319,7 +301,7 @@ class Player:
     def _end(self, sessions: dict[int, Session], over: Iterable[int]) -> None:
         ending = [sessions.pop(i) for i in over]
         if self.toolbox is not None and ending:
-            self._run(_every([self.toolbox.end(session) for session in ending]))
+            self._loop.run(every([self.toolbox.end(session) for session in ending]))
 
     # ---- the conversation ------------------------------------------------------------------------
 
@@ -430,7 +412,7 @@ class Player:
             self._timed(rollouts[i], self.toolbox.execute_turn(text, sessions[i]))
             for i, text in zip(calls, texts, strict=True)
         ]
-        answers = self._run(_every(executing)) if calls else []
+        answers = self._loop.run(every(executing)) if calls else []
         active = [
             i
             for i, answer in zip(calls, answers, strict=True)
@@ -481,15 +463,3 @@ def _share_time(rollouts: Sequence[Rollout], turns: Sequence[Sampled], seconds: 
     tokens = max(sum(len(sampled.ids) for sampled in turns), 1)  # none: nobody wrote anything
     for rollout, sampled in zip(rollouts, turns, strict=True):
         rollout.model_seconds += seconds * len(sampled.ids) / tokens
-
-
-async def _every(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All of them at once; where one raises, or this is cancelled, none of them goes on."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)

@@ -38,6 +38,25 @@ def group_modes(config: RLConfig) -> list[Mode]:
     )
 
 
+def group_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> mk.Advantages:
+    """Advantages [N] of rollouts that lie group after group. What was forced to call or to answer
+    is in the accuracy channel alone."""
+    scored = torch.tensor([rollout.scored for rollout in rollouts])
+    calls = torch.tensor([rollout.calls for rollout in rollouts])
+    correct = torch.tensor([rollout.correct for rollout in rollouts])
+    acc_reward = torch.tensor([rollout.accuracy_reward for rollout in rollouts])
+    if config.reward == "coupled":
+        acc_reward = acc_reward + config.coupled_alpha / (calls + 1)
+    return mk.hdpo_advantages(
+        acc_reward,
+        mk.tool_reward(calls, correct),
+        correct,
+        torch.arange(len(rollouts)) // config.group_size,
+        scored=scored,
+        truncated=torch.tensor([r.status == "truncated" or r.mode != "allowed" for r in rollouts]),
+    )
+
+
 def has_signal(advantages: mk.Advantages, config: RLConfig) -> Tensor:
     """[groups] bool: whether a group moves the policy in either channel."""
     signal = advantages.acc_signal.clone()

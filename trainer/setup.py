@@ -5,19 +5,34 @@ What is wrong with the settings is said before any work is done.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import AgentConfig, Config, ConfigError, JudgeConfig
 from trainer.log import RunLog
 
 if TYPE_CHECKING:  # they take seconds to import, and a wrong flag is to be answered at once
+    from trainer.engines.hf import HFEngine
     from trainer.engines.remote import RemoteAgent
     from trainer.grade import Grader
+    from trainer.model import VisionLanguageModel
     from trainer.openai_client import OpenAIClient
+    from trainer.rollout import Limits
     from trainer.tasks import Task
     from trainer.tools import Toolbox
+
+log = logging.getLogger(__name__)
+
+
+def start(config: Config) -> None:
+    """Before anything is loaded."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(config.seed)
 
 
 def check_sizes(config: Config) -> None:
@@ -42,6 +57,47 @@ def model_path(config: Config) -> str | Path:
     from trainer.tasks import load_task
 
     return load_task("glyphs").base
+
+
+def load_model(config: Config, path: str | Path, **training: Any) -> VisionLanguageModel:
+    """The model of a folder or hub name, on the device of the settings. training: see
+    VisionLanguageModel.load."""
+    import torch
+
+    from metis_kernels.adapters.hf import apply_liger
+    from trainer.model import VisionLanguageModel
+
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    vlm = VisionLanguageModel.load(path, config.model.dtype, device, **training)
+    try:
+        apply_liger(vlm.model)
+    except ImportError:
+        log.warning(
+            "liger-kernel is not installed (pip install '.[gpu]'): transformers' own layers"
+        )
+    return vlm
+
+
+def make_engine(config: Config, vlm: VisionLanguageModel, temperature: float) -> HFEngine:
+    from trainer.engines.hf import HFEngine
+
+    one = config.rollout
+    return HFEngine(
+        vlm,
+        temperature=temperature,
+        max_batch=one.max_batch,
+        max_cache_bytes=one.max_cache_bytes,
+        cuda_graphs=one.cuda_graphs,
+    )
+
+
+def make_limits(config: Config) -> Limits:
+    from trainer.rollout import Limits
+
+    one = config.rollout
+    return Limits(one.max_turns, one.max_new_tokens, one.max_tokens)
 
 
 def make_task(config: Config, log: RunLog) -> Task:
@@ -141,14 +197,13 @@ def make_remote_agent(
     if config.agent is None:
         raise ConfigError("no agent is set: give agent.base_url and agent.model")
     from trainer.engines.remote import RemoteAgent
-    from trainer.rollout import Limits
 
-    rollout, one = config.rollout, config.agent
+    one = config.agent
     try:
         return RemoteAgent(
             make_client(one, "agent"),
             toolbox,
-            Limits(rollout.max_turns, rollout.max_new_tokens, rollout.max_tokens),
+            make_limits(config),
             grader,
             forcing=one.forcing,
             temperature=temperature,

@@ -12,11 +12,14 @@ from dataclasses import replace
 import torch
 
 from trainer import parallel
+from trainer.collect import Collector
 from trainer.config import load
 from trainer.engines.hf import HFEngine
+from trainer.interrupt import never
 from trainer.model import VisionLanguageModel
-from trainer.rl import _collect, group_advantages, optimizer_batches
+from trainer.rl import optimizer_batches
 from trainer.rollout import Limits, Player
+from trainer.selection import group_advantages
 from trainer.tasks import load_task
 
 STEPS = 2
@@ -38,12 +41,10 @@ def learn(world: parallel.World, settings: list[str], lora: bool = False) -> dic
     engine, losses, tokens = HFEngine(played, temperature=2.0), [], []
     loss_config = config.rl.loss.hdpo(2.0)
     with Player(played, task.toolbox(), Limits()) as player:
+        collector = Collector(task, player, engine, config.rl, 0, never, world)
         for step in range(1, STEPS + 1):
             position = (step - 1) * config.rl.prompts
-            collected = _collect(
-                task, player, engine, config.rl, 0, step, position, lambda: False, world
-            )
-            rollouts = collected.rollouts
+            rollouts = collector.collect(step, position).rollouts
             for i, rollout in enumerate(rollouts):
                 rollout.correct, rollout.calls = i % 3 != 0, i % 2
             tokens.append([rollout.ids for rollout in rollouts])

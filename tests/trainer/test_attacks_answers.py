@@ -16,7 +16,7 @@ import metis_kernels as mk
 from trainer.chat import find_answer, turn_text
 from trainer.config import RLConfig
 from trainer.reward import MAX_ANSWER, matches, score
-from trainer.rl import group_advantages
+from trainer.selection import group_advantages
 from trainer.tools import TextSearch, Toolbox, ToolError
 from trainer.types import Rollout, Session, Turn
 

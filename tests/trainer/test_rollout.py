@@ -218,7 +218,7 @@ def test_an_interrupt_in_the_middle_of_a_call_ends_all_and_leaves_no_call(vlm):
     with Player(vlm, box, Limits(max_tokens=4096)) as player:
         with pytest.raises(KeyboardInterrupt):
             player.play(Scripted(vlm, call), [_question()] * 4, range(4))
-        assert not asyncio.all_tasks(player._loop)
+        assert not player._loop.running()
         assert len(set(ledger.ended)) == len(ledger.ended) == 4
         (after,) = player.play(Scripted(vlm, call, ANSWER), [_question()], [0])
         assert after.status == "ok" and len(ledger.ended) == 5

@@ -7,11 +7,13 @@ import torch
 
 import metis_kernels as mk
 from trainer.cli import main
+from trainer.collect import Collector
 from trainer.config import ConfigError, load
-from trainer.parallel import World
-from trainer.rl import _collect, _measures, group_advantages
+from trainer.interrupt import never
+from trainer.rl import _measures
 from trainer.selection import (
     channel_shares,
+    group_advantages,
     group_modes,
     group_records,
     has_signal,
@@ -115,7 +117,7 @@ class Stream:
 
 
 def _collected(stream, config, position=0):
-    return _collect(stream, stream, None, config, 0, 1, position, lambda: False, World())
+    return Collector(stream, stream, None, config, 0, never).collect(1, position)
 
 
 def _ids(rollouts):

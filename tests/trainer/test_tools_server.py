@@ -270,21 +270,28 @@ def test_the_event_loop_goes_on_while_an_image_is_decoded(http):
     Image.open(io.BytesIO(buffer.getvalue())).load()
     decoding = time.perf_counter() - start
     name = opened(http)
-    uploaded = []
+    path = f"{http.base_url}/sessions/{name}/images/1"
+    options = {"headers": PNG, "trust_env": False, "timeout": 60}
 
-    def upload():
-        path = f"{http.base_url}/sessions/{name}/images/1"
-        options = {"headers": PNG, "trust_env": False, "timeout": 60}
-        uploaded.append(httpx.put(path, content=buffer.getvalue(), **options).status_code)
+    def longest_answer():
+        """Of /health, while the image is uploaded."""
+        uploaded = []
 
-    thread = threading.Thread(target=upload)
-    thread.start()
-    longest = 0.0
-    while thread.is_alive():
-        start = time.perf_counter()
-        http.get("/health")
-        longest = max(longest, time.perf_counter() - start)
-    assert uploaded == [200] and longest < 0.75 * decoding
+        def upload():
+            uploaded.append(httpx.put(path, content=buffer.getvalue(), **options).status_code)
+
+        thread = threading.Thread(target=upload)
+        thread.start()
+        longest = 0.0
+        while thread.is_alive():
+            start = time.perf_counter()
+            http.get("/health")
+            longest = max(longest, time.perf_counter() - start)
+        assert uploaded == [200]
+        return longest
+
+    # A loop that waits for the decoding never answers sooner; a machine that is busy may be late.
+    assert any(longest_answer() < 0.75 * decoding for _ in range(10))
     http.delete(f"/sessions/{name}")
 
 

@@ -12,8 +12,9 @@ from trainer.evaluate import measure
 from trainer.log import RunLog
 from trainer.model import Reference
 from trainer.optimizer import optimizer_step
-from trainer.rl import group_advantages, optimizer_batches, rl
+from trainer.rl import optimizer_batches, rl
 from trainer.rollout import Limits, Player
+from trainer.selection import group_advantages
 from trainer.sft import demonstrate, sft
 from trainer.tasks import load_task
 from trainer.types import Question, Rollout, TrainingError

@@ -25,8 +25,10 @@ from trainer.curate.rows import Row, chosen_rows, good_rows, question_of
 from trainer.curate.stages import Stage, Work
 from trainer.curate.verdicts import Drop
 from trainer.data import Dataset
+from trainer.interrupt import never
 from trainer.json_cache import content_key
 from trainer.log import Progress, RunLog
+from trainer.loop import Loop
 from trainer.types import TrainingError
 
 FEW = 20
@@ -87,7 +89,7 @@ class Curation:
         plan: Plan,
         journal: Journal,
         log: RunLog,
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] = never,
     ):
         self.data, self.plan, self.journal, self.log = data, plan, journal, log
         self.stopping = stopping
@@ -103,13 +105,13 @@ class Curation:
         """Number -> (stage, why)."""
         self._bad: dict[int, tuple[str, str]] = {}
         """Number -> (reason, detail)."""
-        self._loop = asyncio.new_event_loop()
+        self._loop = Loop()
 
     def close(self, *used: Any) -> None:
         """Ends the loop, and before that whatever is used in it and has an async `close`."""
         for one in used:
-            self._loop.run_until_complete(one.close())
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.run(one.close())
+        self._loop.run(_threads_end())
         self._loop.close()
 
     def run(self) -> None:
@@ -256,6 +258,10 @@ class Curation:
             detail = str(self._duplicates[number])
             return Fate(*about, "dropped", "duplicates", "duplicate", detail)
         return Fate(*about, "kept")
+
+
+async def _threads_end() -> None:
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 class _Ledger:

@@ -7,8 +7,6 @@ the page forbids scripts and requests in its own policy.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from trainer.curate.pipeline import Curation, Fate
 from trainer.curate.rows import question_of
 from trainer.curate.verdicts import REASONS
 from trainer.data import BadRow, Conversation, Picture
+from trainer.images import png_uri
 from trainer.report import template
 from trainer.svg import PALETTES, el, save, svg, svg_style
 
@@ -168,10 +167,7 @@ def _uri(picture: Picture) -> dict[str, Any] | None:
     except BadRow:
         return None
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"src": f"data:image/png;base64,{data}", "width": image.width}
+    return {"src": png_uri(image), "width": image.width}
 
 
 def _kinds(curation: Curation) -> list[dict[str, Any]]:

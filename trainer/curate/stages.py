@@ -19,11 +19,9 @@ from trainer.curate.rules import read
 from trainer.curate.texts import said
 from trainer.curate.verdicts import Drop, drop_of
 from trainer.data import BadRow, Conversation, Example
+from trainer.loop import Loop, all_done
 from trainer.tools import Toolbox
 from trainer.verify import verify
-
-POLL_SECONDS = 0.1
-CANCEL_SECONDS = 5.0
 
 
 class Stopped(Exception):
@@ -34,7 +32,7 @@ class Stopped(Exception):
 class Work:
     """What a stage is given to do its work with."""
 
-    loop: asyncio.AbstractEventLoop
+    loop: Loop
     stopping: Callable[[], bool]
     put: Callable[[Row, Any], None]
     """Takes the value of a row."""
@@ -51,35 +49,14 @@ class Work:
 
     def every(self, rows: Iterable[Row], one: Callable[[Row], Awaitable[None]], width: int) -> None:
         """`one` for every row, `width` at a time; as many rows are in memory. Raises Stopped."""
-        self.loop.run_until_complete(self._every(rows, one, width))
-        self.check()
-
-    async def _every(
-        self, rows: Iterable[Row], one: Callable[[Row], Awaitable[None]], width: int
-    ) -> None:
         shared = iter(rows)
 
         async def worker() -> None:
             for row in shared:
                 await one(row)
 
-        tasks = {asyncio.ensure_future(worker()) for _ in range(width)}
-        pending = tasks
-        try:
-            while pending and not self.stopping():
-                done, pending = await asyncio.wait(
-                    pending, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
-                )
-                for task in done:
-                    task.result()
-        finally:
-            for task in pending:
-                task.cancel()
-            if pending:
-                await asyncio.wait(pending, timeout=CANCEL_SECONDS)
-            for task in tasks:  # the first error is raised; asyncio is not to complain of others
-                if task.done() and not task.cancelled():
-                    task.exception()
+        self.loop.run(all_done((worker() for _ in range(width)), self.stopping))
+        self.check()
 
 
 class Stage(Protocol):

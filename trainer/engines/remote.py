@@ -12,13 +12,10 @@ would take text away).
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import io
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from PIL.Image import Image
@@ -34,9 +31,12 @@ from trainer.chat import (
 )
 from trainer.config import ConfigError
 from trainer.grade import Grader
+from trainer.images import png_uri
+from trainer.interrupt import never
+from trainer.loop import Loop, all_done
 from trainer.openai_client import Completion, EndpointError, OpenAIClient, RequestRejected
 from trainer.reward import grade, score
-from trainer.rollout import CANCEL_SECONDS, Limits
+from trainer.rollout import Limits
 from trainer.tools import Toolbox, neutralise
 from trainer.types import Mode, Observation, Question, Rollout, Session, TrainingError, Turn
 
@@ -59,8 +59,6 @@ MARKERS = ("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<bos>", "<eos>",
            "<start_of_turn>", "<end_of_turn>")  # fmt: skip
 """Markup of chat templates that is broken in text from outside, besides <|...|> and the protocol's
 own tags. In process the tokenizer says what is special; here it is not known."""
-POLL_SECONDS = 0.2
-"""How often `stopping` is looked at."""
 
 
 class AgentDown(TrainingError):
@@ -114,7 +112,7 @@ class RemoteAgent:
         self.counts: Counter[str] = Counter()
         schemas = _harmless(toolbox.schemas()) if toolbox is not None else ()
         self._system = {True: system_prompt(schemas), False: system_prompt(())}
-        self._loop = asyncio.new_event_loop()
+        self._loop = Loop()
         self._continues = False
         self._lost = 0
         self._most_lost = max(8, 2 * client.concurrency)
@@ -128,7 +126,7 @@ class RemoteAgent:
         seeds: Sequence[int],
         *,
         mode: Mode = "allowed",
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] = never,
     ) -> list[Rollout]:
         """One graded rollout a question. Once `stopping` is true, KeyboardInterrupt is raised.
 
@@ -144,13 +142,15 @@ class RemoteAgent:
             Rollout(question, seed, [], [], [], list(question.images), 0, mode=mode)
             for question, seed in zip(questions, seeds, strict=True)
         ]
-        if not self._run(self._play(rollouts, stopping)):
+        slots = asyncio.Semaphore(self.batch)
+        playing = [self._trajectory(rollout, slots) for rollout in rollouts]
+        if not self._loop.run(all_done(playing, stopping)):
             raise KeyboardInterrupt
         for rollout in rollouts:
             score(rollout)
         try:
             if self.grader is not None:
-                self._run(grade(rollouts, self.grader))
+                self._loop.run(grade(rollouts, self.grader))
         finally:
             self.counts.update(rollout.status for rollout in rollouts)
         if self._lost >= self._most_lost:
@@ -166,11 +166,11 @@ class RemoteAgent:
         with an assistant's message. Raises ConfigError, which names the mend."""
         if mode in WANTED and self.forcing == "prefill":
             if not self._continues:
-                self._run(self._check_continues())
+                self._loop.run(self._check_continues())
                 self._continues = True
             return
         try:
-            self._run(self.client.chat([{"role": "user", "content": "1"}], max_tokens=1))
+            self._loop.run(self.client.chat([{"role": "user", "content": "1"}], max_tokens=1))
         except EndpointError as error:
             raise ConfigError(
                 f"the agent at {self.client.base_url} ({self.client.model}) does not answer: "
@@ -179,14 +179,10 @@ class RemoteAgent:
 
     def close(self) -> None:
         try:
-            self._run(self.client.close())
+            self._loop.run(self.client.close())
             if self.toolbox is not None:
-                self._run(self.toolbox.close())
+                self._loop.run(self.toolbox.close())
         finally:
-            left = asyncio.all_tasks(self._loop)  # calls that would not be cancelled
-            for task in left:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
     def __enter__(self) -> RemoteAgent:
@@ -195,42 +191,7 @@ class RemoteAgent:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Runs it to its end. What is interrupted is cancelled, and not resumed by a later run."""
-        task = self._loop.create_task(coroutine)
-        try:
-            return self._loop.run_until_complete(task)
-        except BaseException:
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                self._loop.run_until_complete(asyncio.wait({task}, timeout=CANCEL_SECONDS))
-            raise
-
     # ---- trajectories ----------------------------------------------------------------------------
-
-    async def _play(self, rollouts: Sequence[Rollout], stopping: Callable[[], bool]) -> bool:
-        """Plays all of them, `batch` at a time; false where it was stopped."""
-        slots = asyncio.Semaphore(self.batch)
-        tasks = [asyncio.ensure_future(self._trajectory(one, slots)) for one in rollouts]
-        pending = set(tasks)
-        try:
-            while pending:
-                if stopping():
-                    return False
-                done, pending = await asyncio.wait(
-                    pending, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
-                )
-                for task in done:
-                    task.result()
-            return True
-        finally:
-            for task in pending:
-                task.cancel()
-            if pending:
-                await asyncio.wait(pending, timeout=CANCEL_SECONDS)
-            for task in tasks:  # one error is told; the others are not to be complained of
-                if task.done() and not task.cancelled():
-                    task.exception()
 
     async def _trajectory(self, rollout: Rollout, slots: asyncio.Semaphore) -> None:
         async with slots:
@@ -433,7 +394,4 @@ def _harmless(value: Any) -> Any:
 
 
 def _picture(image: Image) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": png_uri(image)}}
