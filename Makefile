@@ -12,8 +12,9 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev
 demo: setup
 	$(BIN)/metis demo $(ARGS)
 
+# A process a core, each with one thread: most of the time goes into the interpreter of the kernels.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

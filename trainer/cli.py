@@ -17,14 +17,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer import curate_cli, demo, eval_cli, tools_cli
 from trainer import plan as planning
-from trainer.config import Config, ConfigError, load
 from trainer.interrupt import stop_requests
 from trainer.log import Muted, RunError, RunLog, open_run
-from trainer.parallel import World, join, leave
 from trainer.setup import (
     check_model,
     check_sizes,
@@ -37,7 +35,11 @@ from trainer.setup import (
     model_path,
     start,
 )
-from trainer.types import TrainingError
+from trainer.types import ConfigError, TrainingError
+
+if TYPE_CHECKING:  # they import torch, and a wrong flag is to be answered at once
+    from trainer.config import Config
+    from trainer.parallel import World
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -260,6 +262,9 @@ def _program(
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Opens the run before any work, and in it what `make` makes; on the way out, whatever
     happened, the summary says how it ended and the report is written."""
+    from trainer.config import load
+    from trainer.parallel import join, leave
+
     settings = list(args.settings)
     if args.seed is not None:
         settings.append(f"seed={args.seed}")

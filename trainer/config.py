@@ -24,13 +24,10 @@ from pydantic import (
 )
 
 from metis_kernels import HDPOConfig
+from trainer.types import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 """Settings for common machines; `--config NAME` takes a file of this folder without its suffix."""
-
-
-class ConfigError(ValueError):
-    """A setting is wrong: the message names it, its limit and the mend."""
 
 
 class Section(BaseModel):

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.config import Config, ConfigError, load
 from trainer.interrupt import stop_requests
 from trainer.log import RunLog
 from trainer.setup import (
+    check_path,
     load_model,
     make_engine,
     make_grader,
@@ -33,9 +33,11 @@ from trainer.setup import (
     model_path,
     start,
 )
+from trainer.types import ConfigError
 
 if TYPE_CHECKING:  # what is wrong with the settings is to be answered at once
     from trainer.agents import Agent
+    from trainer.config import Config
     from trainer.curate.pipeline import Curation, Plan
     from trainer.curate.stages import Stage
     from trainer.data import Dataset
@@ -194,6 +196,8 @@ def _say(summary: dict[str, Any], folder: Path, log: RunLog) -> None:
 
 def _read_settings(args: argparse.Namespace) -> tuple[list[str], Config]:
     """(paths of data, settings). section.key=value is a setting, unless there is such a file."""
+    from trainer.config import load
+
     words = [*args.data, *args.settings]
     settings = [word for word in words if _SETTING.match(word) and not Path(word).exists()]
     paths = [word for word in words if word not in settings]
@@ -411,7 +415,6 @@ def _agent(config: Config, toolbox: Toolbox | None, folder: Path, closing: ExitS
         return remote
 
     from trainer.agents import LocalAgent
-    from trainer.model import check_path
     from trainer.rollout import Player
 
     start(config)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import curate_cli
-from trainer.config import Config, ConfigError
 from trainer.log import RunLog
+from trainer.types import ConfigError
 
 if TYPE_CHECKING:
     from trainer.cli import Program
+    from trainer.config import Config
 
 
 def run(program: Program, summary: dict[str, Any], *, compare: bool, curate: bool) -> None:
@@ -90,7 +91,8 @@ def _curate(raw: Path, folder: Path, config: Config) -> Path:
     """`metis curate sft --task glyphs` on the raw trajectories -> the dataset that it leaves."""
     tree = config.to_dict()
     tree["data"]["paths"] = [str(raw)]
-    done = curate_cli.curate("sft", [str(raw)], Config.model_validate(tree), folder)
+    config = type(config).model_validate(tree)
+    done = curate_cli.curate("sft", [str(raw)], config, folder)
     if done != curate_cli.DONE:
         raise KeyboardInterrupt
     return folder / "dataset.jsonl"
@@ -121,7 +123,7 @@ def _compare(program: Program, before: dict[str, Any]) -> None:
             tree = program.config.to_dict() | {"seed": seed}
             tree["rl"] = tree["rl"] | changes
             tree["rl"]["loss"] = program.config.to_dict()["rl"]["loss"] | changes.get("loss", {})
-            config = Config.model_validate(tree)
+            config = type(program.config).model_validate(tree)
             folder = program.folder / "compare" / f"{name.replace(' ', '-')}-seed{seed}"
             folder.mkdir(parents=True)
             program.vlm.model.load_state_dict(weights)

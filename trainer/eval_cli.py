@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, ConfigError
 from trainer.log import RunError, RunLog
-from trainer.parallel import World
 from trainer.setup import (
     check_model,
+    check_path,
     load_model,
     make_client,
     make_engine,
@@ -33,11 +32,13 @@ from trainer.setup import (
     model_path,
     start,
 )
-from trainer.types import Mode, Question, Rollout
+from trainer.types import ConfigError, Mode, Question, Rollout
 
 if TYPE_CHECKING:
     from trainer.agents import Agent
     from trainer.answers import Answer
+    from trainer.config import Config
+    from trainer.parallel import World
 
 ARBITRATED: tuple[Mode, ...] = ("allowed", "forbidden", "forced")
 WARM_UP = 16
@@ -92,8 +93,6 @@ def check(config: Config, args: argparse.Namespace) -> None:
     if not args.model:
         check_model(config)
         return
-    from trainer.model import check_path
-
     for path in named_models(args.model).values():
         check_path(path)
 

@@ -8,7 +8,6 @@ is not needed.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metis_kernels.adapters import hf
 from trainer.config import ConfigError, LoraConfig
+from trainer.setup import check_path
 
 IMAGE_TOKEN = "<|image_pad|>"
 _MAX_ENCODED = 4096
@@ -208,15 +208,6 @@ class VisionLanguageModel:
             "pixel_values": torch.cat([pieces[n] for n in index]),
             "image_grid_thw": grid[index],
         }
-
-
-def check_path(path: str | Path) -> None:
-    """Raises FileNotFoundError for a path (rather than a hub name) where there is no model."""
-    local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or os.sep in str(path)
-    folder = Path(path).expanduser()
-    hub_name = str(path).count("/") == 1 and not folder.parent.exists()
-    if local and not hub_name and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no model at {path}: there is no config.json in such a folder")
 
 
 def hidden_states(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:

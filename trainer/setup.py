@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import AgentConfig, Config, ConfigError, JudgeConfig
 from trainer.log import RunLog
+from trainer.types import ConfigError
 
 if TYPE_CHECKING:  # they take seconds to import, and a wrong flag is to be answered at once
+    from trainer.config import AgentConfig, Config, JudgeConfig
     from trainer.engines.hf import HFEngine
     from trainer.engines.remote import RemoteAgent
     from trainer.grade import Grader
@@ -213,7 +214,14 @@ def make_remote_agent(
         raise ConfigError(str(error)) from None
 
 
-def check_model(config: Config) -> None:
-    from trainer.model import check_path
+def check_path(path: str | Path) -> None:
+    """Raises FileNotFoundError for a path (rather than a hub name) where there is no model."""
+    local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or os.sep in str(path)
+    folder = Path(path).expanduser()
+    hub_name = str(path).count("/") == 1 and not folder.parent.exists()
+    if local and not hub_name and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"no model at {path}: there is no config.json in such a folder")
 
+
+def check_model(config: Config) -> None:
     check_path(model_path(config))

@@ -35,6 +35,10 @@ direct     it is told of no tools at all
 """
 
 
+class ConfigError(ValueError):
+    """A setting is wrong: the message names it, its limit and the mend."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on: the message says why, and what is safe."""
 

@@ -1,7 +1,8 @@
-"""What one process of tests/trainer/test_parallel.py does: `torchrun ... parallel_worker.py OUT`.
+"""What one process of test_parallel.py does: `torchrun ... parallel_worker.py KIND=OUT ...`.
 
 Plays, packs and learns for two steps from rewards that are made up (the base model is wrong too
-often to have any), and leaves losses and whole weights in OUT.
+often to have any), and leaves losses and whole weights in OUT. KIND: see KINDS; several are learned
+one after another, each from the start.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from trainer.selection import group_advantages
 from trainer.tasks import load_task
 
 STEPS = 2
+KINDS = {
+    "full": [],
+    "few": ["rl.prompts=1", "rl.group_size=2", "rl.max_batch_tokens=4000"],
+    "lora": [],
+}
+"""Settings. few: all fits into one micro-batch of one group that cannot be split."""
 
 
 def learn(world: parallel.World, settings: list[str], lora: bool = False) -> dict:
@@ -61,7 +68,6 @@ def learn(world: parallel.World, settings: list[str], lora: bool = False) -> dic
 
 if __name__ == "__main__":
     world = parallel.join()
-    out, *rest = sys.argv[1:]
-    result = learn(world, rest, lora="lora" in out)
-    torch.save(result, f"{out}.{world.rank}")
+    for kind, out in (word.split("=", 1) for word in sys.argv[1:]):
+        torch.save(learn(world, KINDS[kind], lora=kind == "lora"), f"{out}.{world.rank}")
     parallel.leave()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.parallel_worker import STEPS, learn
+from tests.trainer.parallel_worker import KINDS, STEPS, learn
 from trainer.parallel import World
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,11 +24,24 @@ def torchrun(processes: int, *arguments: str, timeout: int = 240) -> subprocess.
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-def in_processes(tmp_path, processes: int, kind: str = "full", *settings: str) -> list[dict]:
-    out = tmp_path / f"{kind}-{processes}"
-    done = torchrun(processes, "-m", "tests.trainer.parallel_worker", str(out), *settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(f"{out}.{rank}") for rank in range(processes)]
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """(processes, kind) -> what each of them learned; one start of the processes does all kinds."""
+    folder, results = tmp_path_factory.mktemp("learned"), {}
+    for processes, kinds in ((2, ("full", "lora")), (4, ("full", "few"))):
+        outs = {kind: folder / f"{kind}-{processes}" for kind in kinds}
+        words = [f"{kind}={out}" for kind, out in outs.items()]
+        done = torchrun(processes, "-m", "tests.trainer.parallel_worker", *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for kind, out in outs.items():
+            results[processes, kind] = [torch.load(f"{out}.{rank}") for rank in range(processes)]
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Kind -> what one process learns."""
+    return {kind: learn(World(), settings, kind == "lora") for kind, settings in KINDS.items()}
 
 
 def distance(one: dict, other: dict, start: dict) -> float:
@@ -46,9 +59,9 @@ def start(vlm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_learn_what_one_does(processes, tmp_path, start):
-    alone = learn(World(), [])
-    for rank, result in enumerate(in_processes(tmp_path, processes)):
+def test_many_processes_learn_what_one_does(processes, learned, alone, start):
+    alone = alone["full"]
+    for rank, result in enumerate(learned[processes, "full"]):
         assert result["tokens"] == alone["tokens"], rank
         for mine, theirs in zip(result["losses"], alone["losses"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-7)
@@ -57,22 +70,19 @@ def test_many_processes_learn_what_one_does(processes, tmp_path, start):
 
 
 @pytest.mark.slow
-def test_a_rank_without_rows_still_steps(tmp_path, start):
-    """All fits into one micro-batch of one group that cannot be split: three ranks have none."""
-    settings = ["rl.prompts=1", "rl.group_size=2", "rl.max_batch_tokens=4000"]
-    alone = learn(World(), settings)
-    results = in_processes(tmp_path, 4, "few", *settings)
+def test_a_rank_without_rows_still_steps(learned, alone, start):
+    results = learned[4, "few"]
     assert all(result["parts"] == 1 for result in results)
     for result in results:
-        assert distance(result["weights"], alone["weights"], start) < 1e-4
+        assert distance(result["weights"], alone["few"]["weights"], start) < 1e-4
 
 
 @pytest.mark.slow
-def test_adapters_are_summed_over_ranks(tmp_path):
-    alone = learn(World(), [], lora=True)
-    before = {n: torch.zeros_like(w) for n, w in alone["weights"].items() if "lora_B" in n}
-    mine = {n: alone["weights"][n] for n in before}
-    for result in in_processes(tmp_path, 2, "lora"):
+def test_adapters_are_summed_over_ranks(learned, alone):
+    weights = alone["lora"]["weights"]
+    before = {n: torch.zeros_like(w) for n, w in weights.items() if "lora_B" in n}
+    mine = {n: weights[n] for n in before}
+    for result in learned[2, "lora"]:
         assert distance(mine, {n: result["weights"][n] for n in before}, before) < 1e-4
 
 

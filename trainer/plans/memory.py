@@ -49,8 +49,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.config import ConfigError
 from trainer.plans.sizes import Sizes, Vision
+from trainer.types import ConfigError
 
 GIB = 1 << 30
 MOMENTS = ("loss", "backward", "step", "rollout")

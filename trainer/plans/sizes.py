@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError
+from trainer.types import ConfigError
 
 MODELS = Path(__file__).parent / "models.json"
 """Published sizes of the models that have a name; what is not in it is transformers' default."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer.rollout import Recorded, Script
-from trainer.tools import Toolbox
-from trainer.types import Question, Rollout
+if TYPE_CHECKING:  # a task's name and its base model are asked for before torch is there
+    from trainer.rollout import Recorded, Script
+    from trainer.tools import Toolbox
+    from trainer.types import Question, Rollout
 
 
 class Task(Protocol):
