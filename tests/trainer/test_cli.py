@@ -54,6 +54,14 @@ def test_what_is_wrong_is_said_before_any_work(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_wrong_flag_is_answered_before_torch_is_there():
+    program = "import sys, trainer.cli; print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "set()", done
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
