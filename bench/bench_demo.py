@@ -69,38 +69,39 @@ def main() -> int:
     summaries, missed = [], []
     name, options = ("curated", ["--curate"]) if args.curate else ("demo", [])
     for seed in args.seeds:
-        folder = _demo(args, f"bench-{name}-{seed}", "--seed", str(seed), *options)
+        folder = metis(args, "demo", f"bench-{name}-{seed}", "--seed", str(seed), *options)
         summary = json.loads((folder / "summary.json").read_text())
         summaries.append(summary)
         missed += [f"seed {seed}: {bar}" for bar in missed_bars(summary)]
         if seed == args.seeds[0] and not args.curate:
             subprocess.run([sys.executable, "-m", "trainer", "report", str(folder)], check=True)
             shutil.copy(folder / "demo.svg", args.out / "demo.svg")
-    _write(args.out / f"{name}.json", {"runs": summaries})
+    write(args.out / f"{name}.json", {"runs": summaries})
     print("\n".join(missed) or f"every bar met by {len(summaries)} seeds")
     return 1 if missed else 0
 
 
 def compare(args: argparse.Namespace) -> int:
     """The arms from one cold start, that of the first seed."""
-    folder = _demo(args, "bench-compare", "--compare", "--seed", str(args.seeds[0]))
-    _write(args.out / "compare.json", json.loads((folder / "compare.json").read_text()))
+    folder = metis(args, "demo", "bench-compare", "--compare", "--seed", str(args.seeds[0]))
+    write(args.out / "compare.json", json.loads((folder / "compare.json").read_text()))
     shutil.copy(folder / "pareto.svg", args.out / "pareto.svg")
     return 0
 
 
-def _demo(args: argparse.Namespace, name: str, *options: str) -> Path:
-    """`metis demo` -> its run folder."""
+def metis(args: argparse.Namespace, command: str, name: str, *options: str) -> Path:
+    """`metis COMMAND` -> its run folder. args: runs, and reuse, with which a run that is complete
+    is kept."""
     folder = args.runs / name
     summary = folder / "summary.json"
     if args.reuse and summary.exists() and json.loads(summary.read_text())["status"] == "complete":
         return folder
-    command = [sys.executable, "-m", "trainer", "demo", "--name", name, *options]
-    subprocess.run([*command, "--runs", str(args.runs), "--overwrite"], check=True)
+    program = [sys.executable, "-m", "trainer", command, "--name", name, *options]
+    subprocess.run([*program, "--runs", str(args.runs), "--overwrite"], check=True)
     return folder
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, content: dict[str, Any]) -> None:
     machine = {"cores": os.cpu_count(), "processor": _processor()}
     path.write_text(json.dumps({"machine": machine} | content, indent=1) + "\n")
 

@@ -43,9 +43,14 @@ def grads(outputs, inputs, ups):
     )
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dtype, wide", [(BITS32, None), (BITS16, None), (BITS16, BITS32)])
-def test_outputs_and_both_gradients(name, dtype, wide, device, poisoned_memory):
+@pytest.mark.parametrize(
+    "dtype, wide, name",
+    [
+        *((BITS32, None, name) for name in OPTIONS),
+        *((BITS16, wide, name) for wide in (None, BITS32) for name in ("plain", "both")),
+    ],
+)
+def test_outputs_and_both_gradients(dtype, wide, name, device, poisoned_memory):
     h, w, b = make_head(64, 48, 127, dtype, device, bias=True)
     row = torch.randint(0, 64, (150,), device=device)
     label, ups = labels(150, 127, device), upstreams(150, device)

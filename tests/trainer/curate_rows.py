@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
-import signal
-import sys
 from pathlib import Path
 
 from data_files import b64, encoded
@@ -84,18 +80,3 @@ def small(count: int) -> list[dict]:
         given["images"] = [b64(encoded(one)) for one in [noise(n), part][: 1 + (kind > 3)]]
         rows.append(given)
     return rows
-
-
-def run_in_a_process(arguments: list[str], log: str, file_bytes: int | None = None) -> None:
-    """`metis ...` in a process group of its own, its words in a file. file_bytes: no file may
-    become longer, as on a disk that is full."""
-    os.setpgrp()
-    with open(log, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if file_bytes is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    from trainer.cli import main
-
-    sys.exit(main(arguments))

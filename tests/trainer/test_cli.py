@@ -1,4 +1,4 @@
-"""The command line as a person meets it: each test is a process of its own."""
+"""The command line as a person meets it: each command is a process of its own."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import metis
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -20,14 +21,6 @@ SMALL = [
     "rl.group_size=4",
     "evaluate.questions=24",
 ]
-
-
-def metis(*arguments, cwd):
-    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
-    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +58,11 @@ def test_a_wrong_flag_is_answered_before_torch_is_there():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = metis("demo", SMALL[0], "--seed", 3, *SMALL[1:], cwd=folder)
+    command = [sys.executable, "-m", "trainer", "demo", SMALL[0], "--seed", "3", *SMALL[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "demo", done
 

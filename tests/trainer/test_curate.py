@@ -1,7 +1,6 @@
 """`metis curate sft`, from raw files to its outputs, whatever happens in between."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from agent_server import AgentServer, said
-from curate_rows import answered, noise, python, row, run_in_a_process, small
+from curate_rows import answered, noise, python, row, small
 from data_files import write_lines
 from judge_server import JudgeServer, case_of
+from processes import start
 
 from trainer.chat import turn_text
 from trainer.cli import main
@@ -257,22 +257,6 @@ def test_the_model_in_this_process_solves_what_needs_no_tool(raw, tmp_path):
 # ---- interrupted ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Processes are forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    modules = ["trainer.cli", "trainer.engines.remote", "trainer.curate.report", "imagehash"]
-    context.set_forkserver_preload([*modules, "trainer.curate.models", "data_files"])
-
-    def start(arguments, log, file_bytes=None):
-        given = (["curate", "sft", *map(str, arguments)], str(log), file_bytes)
-        process = context.Process(target=run_in_a_process, args=given)
-        process.start()
-        return process
-
-    return start
-
-
 def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -287,7 +271,7 @@ def wait_for(journal: Path, entries: int, process) -> None:
         time.sleep(0.001)
 
 
-def test_ten_kills_at_random_points_leave_no_trace(few, servers, processes, tmp_path):
+def test_ten_kills_at_random_points_leave_no_trace(few, servers, tmp_path):
     _, _, settings = servers
     asked = [few, *settings, "curate.k=3"]
     whole = tmp_path / "a" / "out"
@@ -299,7 +283,7 @@ def test_ten_kills_at_random_points_leave_no_trace(few, servers, processes, tmp_
     asked = [f"judge.cache={tmp_path / 'other'}" if "cache" in str(a) else a for a in asked]
     rng = random.Random(3)  # whose points lie in every stage
     for point in sorted(rng.sample(range(1, total - 5), 10)):
-        process = processes([*asked, "--out", out], tmp_path / "log")
+        process = start(["curate", "sft", *asked, "--out", out], tmp_path / "log")
         wait_for(journal, max(count(journal) + 1, point), process)
         time.sleep(rng.uniform(0, 0.01))
         kill(process)
@@ -307,18 +291,18 @@ def test_ten_kills_at_random_points_leave_no_trace(few, servers, processes, tmp_
         hit.append(json.loads(journal.read_bytes().splitlines()[-2])["stage"])
     # Which one a kill hits is not exact: verdicts come in bursts, and so a point may be passed.
     assert len(set(hit)) >= 3, hit
-    process = processes([*asked, "--out", out], tmp_path / "log")
+    process = start(["curate", "sft", *asked, "--out", out], tmp_path / "log")
     process.join(120)
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     for name in OUTPUTS:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_an_interrupt_and_a_full_disk_can_be_gone_on_with(few, processes, tmp_path):
+def test_an_interrupt_and_a_full_disk_can_be_gone_on_with(few, tmp_path):
     out = tmp_path / "out"
-    asked = [few, "--out", out]
+    asked = ["curate", "sft", few, "--out", out]
     log = tmp_path / "log"
-    process = processes(asked, log)
+    process = start(asked, log)
     wait_for(out / "journal.jsonl", 38, process)
     os.kill(process.pid, signal.SIGINT)
     before = time.monotonic()
@@ -326,11 +310,11 @@ def test_an_interrupt_and_a_full_disk_can_be_gone_on_with(few, processes, tmp_pa
     assert process.exitcode == 130 and time.monotonic() - before < 10
     assert "the same command goes on" in log.read_text()
     size = (out / "journal.jsonl").stat().st_size
-    process = processes(asked, log, size + 300)
+    process = start(asked, log, file_bytes=size + 300)
     process.join(60)
     assert process.exitcode == 2
     assert "cannot be written" in log.read_text() and "to go on" in log.read_text()
-    assert curate(*asked) == 0 and sum(reasons(out).values()) == 36
+    assert curate(*asked[2:]) == 0 and sum(reasons(out).values()) == 36
 
 
 # ---- refused -------------------------------------------------------------------------------------

@@ -116,10 +116,15 @@ CODES = [
 ]
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_the_same_observations_as_at_home(tool, code):
+@pytest.fixture(scope="module")
+def home():
     with PythonTool(workers=1, persistent=False) as home:
-        assert tool.run(code, seed=3) == home.run(code, seed=3)
+        yield home
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_same_observations_as_at_home(tool, home, code):
+    assert tool.run(code, seed=3) == home.run(code, seed=3)
 
 
 def test_images_there_and_back(tool, server):
