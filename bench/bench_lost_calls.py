@@ -6,7 +6,8 @@
 Makes a policy that answers medium digits without the look that they need: the demo's cold start,
 then 60 steps with a coupled reward. From there `metis rl` goes on for 60 steps of HDPO, with
 counterfactual rollouts and without, over the seeds. What the held-out questions say of each is
-collected in bench/results/lost_calls.json. Exits 1 where forcing does not help, seed by seed.
+collected in lost_calls.json, beside the other results. Exits 1 where forcing does not help, seed by
+seed.
 """
 
 from __future__ import annotations

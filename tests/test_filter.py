@@ -28,8 +28,16 @@ def sharp(config, device, peak=16.0):
     return h, w, b, near_old(targets, stats.logprob)
 
 
-@pytest.mark.parametrize("choice, chunk_bytes", [(2.4e-4, None), ("auto", None), (2.4e-4, 1 << 20)])
-@pytest.mark.parametrize("name", ["default", "softcap", "sequence"])
+@pytest.mark.parametrize(
+    "name, choice, chunk_bytes",
+    [
+        ("default", 2.4e-4, None),
+        ("default", "auto", None),
+        ("softcap", "auto", None),
+        ("softcap", 2.4e-4, 1 << 20),
+        ("sequence", 2.4e-4, 1 << 20),
+    ],
+)
 def test_dropped_columns_cost_less_than_rounding_to_bf16(name, choice, chunk_bytes, device):
     config = replace(CONFIGS[name], softcap=CONFIGS[name].softcap and 60.0)
     h, w, b, targets = sharp(config, device)

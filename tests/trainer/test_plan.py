@@ -254,12 +254,12 @@ def _one_thread():
 
 def updates():
     """Settings of test_the_peak_of_an_update. A CPU that multiplies no bf16 is slow with it: of the
-    large model two each."""
+    large model one each."""
     for values in itertools.product(
         ("qwen3_vl", "llama"), ("small", "large"), (torch.float32, torch.bfloat16),
         ("none", "layers"), (1, 8),
     ):  # fmt: skip
-        if values[1:3] != ("large", torch.bfloat16) or values[3:] in (("none", 8), ("layers", 1)):
+        if values[1:3] != ("large", torch.bfloat16) or values[3:] == ("layers", 8):
             yield pytest.param(*values, id="-".join(map(str, values)))
 
 
