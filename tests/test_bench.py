@@ -21,13 +21,9 @@ from bench import (
 from bench.shapes import Case
 
 
-def test_the_readme_is_not_stale():
-    text = render.README.read_text()
-    assert render.render(text) == text, "run: python -m bench.render"
-
-
-def test_the_recorded_demo_meets_every_bar():
-    record = json.loads((render.RESULTS / "demo.json").read_text())
+@pytest.mark.parametrize("name", ["demo", "curated"])
+def test_the_recorded_runs_of_the_demo_meet_every_bar(name):
+    record = json.loads((render.RESULTS / f"{name}.json").read_text())
     assert len(record["runs"]) >= 3
     for summary in record["runs"]:
         assert bench_demo.missed_bars(summary) == []

@@ -158,7 +158,7 @@ def test_a_hundred_thousand_images_load_at_once(tmp_path):
     loaded = time.perf_counter() - start
     start = time.perf_counter()
     assert index.search(image)[0] == "image 77777"
-    assert loaded < 0.5 and time.perf_counter() - start < 0.5  # measured: 1 ms and 3 ms
+    assert loaded < 2 and time.perf_counter() - start < 2  # measured: 1 ms and 3 ms
     assert isinstance(index._hashes, np.memmap)
 
 

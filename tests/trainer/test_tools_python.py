@@ -214,7 +214,7 @@ def test_code_that_does_not_end(impatient, name):
     start = time.monotonic()
     timed_out = Observation("Error: timed out after 0.5 s", status="tool_error")
     assert impatient.run(ENDLESS[name]) == timed_out
-    assert 0.5 <= time.monotonic() - start < 3
+    assert 0.5 <= time.monotonic() - start < 20  # on a busy machine; without a limit, for ever
     assert [children(pid) for pid in zygotes(impatient)] in ([[]], [[], []])
 
 
@@ -362,7 +362,7 @@ def test_what_is_left_behind_is_killed(python, name):
         "talker": ["(no output)", "Error: the process wrote a malformed result"],
     }
     assert observation.text in expected.get(name, ["(no output)"])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert [children(pid) for pid in zygotes(python)] == [[], []]
     assert [python.run("7").text for _ in range(2)] == ["7", "7"]
 
