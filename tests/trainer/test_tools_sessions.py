@@ -340,6 +340,28 @@ def test_figures_are_shown_and_closed(python):
     assert again.text == "([], (100, 50))"
 
 
+def test_matplotlib_is_imported_with_the_first_code_that_names_it():
+    pytest.importorskip("matplotlib")
+    loaded = "import sys\n'matplot' 'lib.pyplot' in sys.modules"
+    plots = "import matplotlib.pyplot as plt\nplt.figure(figsize=(2, 1), dpi=50)\nplt.show()\n7"
+
+    async def main(python):
+        early, late = Session([]), Session([])
+        before = (await python.call(early, loaded)).text
+        shown = await python.call(early, plots)  # forked before: it imports it itself
+        after = (await python.call(late, loaded)).text
+        again = await python.call(late, plots)
+        return before, shown, after, again
+
+    with PythonTool(workers=1) as python:
+        landlock = python.sandbox.landlock
+        before, shown, after, again = asyncio.run(main(python))
+    # Without Landlock a session could write where matplotlib looks for its settings.
+    assert (before, after) == ("False" if landlock else "True", "True")
+    for one in (shown, again):
+        assert (one.status, one.text, [i.size for i in one.images]) == ("ok", "7", [(100, 50)])
+
+
 def test_a_figure_that_cannot_be_drawn(python):
     pytest.importorskip("matplotlib")
     code = "import matplotlib.pyplot as plt\ntitle = plt.title('$\\\\bad$')"

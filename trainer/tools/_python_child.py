@@ -25,18 +25,12 @@ import numpy.linalg
 import numpy.random
 from PIL import Image
 
-try:
-    import matplotlib
-except ImportError:
-    pyplot = None
-else:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
 PREFIX = struct.Struct(">IQ")
 """Bytes of header, bytes of body."""
 
 CODE_FILE = "<code>"
+PLOTS = "matplotlib"
+"""What is imported with the first code that names it."""
 SLACK = 64 << 20
 """Bytes of address space kept back, so that a MemoryError can still be reported."""
 
@@ -162,6 +156,19 @@ def describe(error: BaseException) -> str | None:
     return text if line is None else f"{text} (line {line})"
 
 
+def import_plots(code: str) -> bool:
+    """Imports matplotlib for code that names it, and not before: in its pages lies half of what a
+    fork and its end cost, and most of a worker's start. Whether it did."""
+    if PLOTS not in code or "matplotlib.pyplot" in sys.modules:
+        return False
+    with contextlib.suppress(Exception):  # the code's own import will say why
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot
+    return "matplotlib.pyplot" in sys.modules
+
+
 class Notebook:
     """The names that the code finds, and those it leaves: for one call, or for a session's."""
 
@@ -181,17 +188,17 @@ class Notebook:
         screen = Screen(limits)
         self.scope |= {"display": screen.display, "show": screen.display} | images
         Image.Image.show = lambda self, *_, **__: screen.display(self)  # type: ignore[method-assign]
-        if pyplot is not None:
+        import_plots(code)
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
             pyplot.show = lambda *_, **__: figures(screen)
         stdout, stderr = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = screen
         error = run(code, self.scope, screen)
-        if pyplot is not None and pyplot.get_fignums():
-            # Drawing is the code's business, too: a formatter of its own may raise, or never end.
-            try:
-                figures(screen)
-            except BaseException as problem:
-                error = error or describe(problem)
+        # Drawing is the code's business, too: a formatter of its own may raise, or never end.
+        try:
+            figures(screen)
+        except BaseException as problem:
+            error = error or describe(problem)
         sys.stdout, sys.stderr = stdout, stderr
         result = {
             "text": "".join(screen.texts),
@@ -205,6 +212,9 @@ class Notebook:
 
 def figures(screen: Screen) -> None:
     """Show the open figures and close them, as a notebook does."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is None or not pyplot.get_fignums():
+        return
     try:
         for number in pyplot.get_fignums():
             canvas = pyplot.figure(number).canvas

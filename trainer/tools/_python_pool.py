@@ -204,6 +204,8 @@ class Worker:
 
         Raises ToolInfraError, and leaves no process, where it died or did not answer in time.
         """
+        if _python_child.PLOTS in (request.code or ""):
+            seconds += START_SECONDS  # it may be the first, for which the process imports it
         try:
             if self._process is None:
                 self._start()

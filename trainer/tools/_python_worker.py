@@ -83,7 +83,10 @@ class Zygote:
         images = self.take_images(header, body)
         if header["code"] is None:
             write_frame(replies, {"ended": "none", "signal": 0, "fresh": False})
-        elif header["session"] is None:
+            return
+        if _python_child.import_plots(header["code"]):
+            share_pages()
+        if header["session"] is None:
             self.serve_once(header, images, replies)
         else:
             self.serve_session(header["session"], header, images, replies)
@@ -426,6 +429,12 @@ class Zygote:
 # --- Start ----------------------------------------------------------------------------------------
 
 
+def share_pages() -> None:
+    """The collector must not touch, and so copy, the pages that all children share."""
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     """Answer requests on stdin, one at a time, on stdout, until the trainer goes."""
     config = json.loads(sys.argv[1])
@@ -451,8 +460,10 @@ def main() -> None:
         _confine.seccomp(_confine.seccomp_filter())
     trainer = os.getppid()
     _python_child.rehearse(config)
-    gc.collect()
-    gc.freeze()  # the collector must not touch, and so copy, the pages that all children share
+    if not config["landlock"]:
+        # Later no more: code could leave settings of matplotlib's in this process's directory.
+        _python_child.import_plots(_python_child.PLOTS)
+    share_pages()
     zygote = Zygote(config, root, requests)
     write_frame(replies, {"ended": "ready", "uid": os.getuid()})
     poll = select.poll()
