@@ -33,13 +33,13 @@ GRACE_SECONDS = 10.0
 class PythonTool:
     """Runs Python code in a sandbox: see `sandbox` for its walls, SECURITY.md for what they hold.
 
-    A pool of workers, each a sandboxed process that has numpy and PIL imported (and matplotlib, from
-    the first code that names it), forks a child for every session, in which variables, imports and
-    files live from call to call; with persistent=False, one for every call. The child has no network, a
-    private working directory, nothing else to write to, nothing to read but the system's and the
-    interpreter's programs, and limits on time (wall clock, then SIGKILL for all that it started),
-    memory, processes, files and disk. Its result is a frame whose every size is checked, with
-    pixels as raw RGB: nothing is unpickled and nothing decoded.
+    A pool of workers, each a sandboxed process that has numpy and PIL imported (and matplotlib,
+    from the first code that names it), forks a child for every session, in which variables,
+    imports and files live from call to call; with persistent=False, one for every call. The child
+    has no network, a private working directory, nothing else to write to, nothing to read but the
+    system's and the interpreter's programs, and limits on time (wall clock, then SIGKILL for all
+    that it started), memory, processes, files and disk. Its result is a frame whose every size is
+    checked, with pixels as raw RGB: nothing is unpickled and nothing decoded.
 
     A call that times out or crashes ends its session's process; the next one starts a new one, and
     says that the state is lost. `end` frees what a session holds. Raises SandboxError on a machine
