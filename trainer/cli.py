@@ -159,6 +159,7 @@ class Program:
         self.vlm = load_model(
             config,
             model_path(config),
+            log,
             freeze_vision=model.freeze_vision,
             checkpointing=model.checkpointing,
             lora=model.lora,

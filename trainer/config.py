@@ -7,6 +7,7 @@ run folder.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -442,6 +443,15 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def check_path(path: str | Path) -> None:
+    """Raises FileNotFoundError for a path (rather than a hub name) where there is no model."""
+    local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or os.sep in str(path)
+    folder = Path(path).expanduser()
+    hub_name = str(path).count("/") == 1 and not folder.parent.exists()
+    if local and not hub_name and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"no model at {path}: there is no config.json in such a folder")
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:

@@ -23,7 +23,7 @@ import yaml
 from trainer.interrupt import stop_requests
 from trainer.log import RunLog
 from trainer.setup import (
-    check_path,
+    check_model,
     load_model,
     make_engine,
     make_grader,
@@ -137,7 +137,7 @@ def curate(
             closing.callback(journal.close)
             if resumed:
                 log.say(f"goes on in {out}: {len(journal):,} verdicts are known")
-            plan, used = _plan(command, config, stages, skipped, out, closing)
+            plan, used = _plan(command, config, stages, skipped, log, closing)
             curation = Curation(data, plan, journal, log, stopping)
             try:
                 curation.run()
@@ -285,7 +285,7 @@ def _plan(
     config: Config,
     names: Sequence[str],
     skipped: dict[str, str],
-    folder: Path,
+    log: RunLog,
     closing: ExitStack,
 ) -> tuple[Plan, list[Any]]:
     """The plan, and what it uses that the curation's loop closes."""
@@ -299,7 +299,7 @@ def _plan(
     used: list[Any] = []
     make = _sft_stages if command == "sft" else _rl_stages
     try:
-        later = make(config, names, folder, closing, used)
+        later = make(config, names, log, closing, used)
     except ToolInfraError as error:  # of a tool server that is asked for its tools
         raise ConfigError(str(error)) from None
     kept = partial(Kept, jaccard=one.duplicate_text, bits=bits, grey=grey)
@@ -316,7 +316,7 @@ def _plan(
 
 
 def _sft_stages(
-    config: Config, names: Sequence[str], folder: Path, closing: ExitStack, used: list[Any]
+    config: Config, names: Sequence[str], log: RunLog, closing: ExitStack, used: list[Any]
 ) -> list[Stage]:
     from trainer.curate.execute import Tolerance
     from trainer.curate.models import Review, Solvable
@@ -334,28 +334,28 @@ def _sft_stages(
     if "answer" in names:
         stages.append(Answer())
     if "solvable" in names:
-        agent = _agent(config, None, folder, closing)
+        agent = _agent(config, None, log, closing)
         stages.append(Solvable(agent, one.k, one.solvable_at, _asking(config)))
     if "judge" in names:
-        judge = _rubric_judge(config, folder)
+        judge = _rubric_judge(config, log.folder)
         used.append(judge)
         stages.append(Review(judge))
     return stages
 
 
 def _rl_stages(
-    config: Config, names: Sequence[str], folder: Path, closing: ExitStack, used: list[Any]
+    config: Config, names: Sequence[str], log: RunLog, closing: ExitStack, used: list[Any]
 ) -> list[Stage]:
     from trainer.curate.models import Ambiguity, PassRate
 
     one, stages = config.curate, []
     if "pass_rate" in names:
-        agent = _agent(config, _toolbox(config), folder, closing)
+        agent = _agent(config, _toolbox(config), log, closing)
         asking = [_asking(config), config.tools.url or config.task]
         low, high = one.min_pass_rate, one.max_pass_rate
         stages.append(PassRate(agent, one.samples, low, high, asking))
     if "judge" in names:
-        judge = _judge(config, folder)
+        judge = _judge(config, log.folder)
         used.append(judge)
         stages.append(Ambiguity(judge, one.audited, stages[0].settings))
     return stages
@@ -405,9 +405,9 @@ def _asking(config: Config) -> Any:
     return [config.task, limits, judge, agent]
 
 
-def _agent(config: Config, toolbox: Toolbox | None, folder: Path, closing: ExitStack) -> Agent:
+def _agent(config: Config, toolbox: Toolbox | None, log: RunLog, closing: ExitStack) -> Agent:
     """The server's model, where one is named, else the one of model.path in this process."""
-    grader = make_grader(config, folder)
+    grader = make_grader(config, log.folder)
     if config.agent is not None:
         remote = make_remote_agent(config, toolbox, grader, config.rollout.temperature)
         closing.callback(remote.close)
@@ -418,15 +418,14 @@ def _agent(config: Config, toolbox: Toolbox | None, folder: Path, closing: ExitS
     from trainer.rollout import Player
 
     start(config)
-    path = model_path(config)
-    check_path(path)
-    vlm = load_model(config, path)
+    check_model(config)
+    vlm = load_model(config, model_path(config), log)
     limits = make_limits(config)
     player, direct = Player(vlm, toolbox, limits, grader), Player(vlm, None, limits, grader)
     closing.callback(player.close)
     closing.callback(direct.close)
     engine = make_engine(config, vlm, config.rollout.temperature)
-    return LocalAgent(_model_name(path), engine, player, direct)
+    return LocalAgent(_model_name(model_path(config)), engine, player, direct)
 
 
 def _model_name(path: str | Path) -> str:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from trainer.log import RunError, RunLog
 from trainer.setup import (
     check_model,
-    check_path,
     load_model,
     make_client,
     make_engine,
@@ -93,6 +92,8 @@ def check(config: Config, args: argparse.Namespace) -> None:
     if not args.model:
         check_model(config)
         return
+    from trainer.config import check_path
+
     for path in named_models(args.model).values():
         check_path(path)
 
@@ -221,7 +222,7 @@ class Evaluation:
         from trainer.agents import LocalAgent
         from trainer.rollout import Player
 
-        vlm = load_model(self.config, path)
+        vlm = load_model(self.config, path, self.log)
         engine = make_engine(self.config, vlm, self.config.evaluate.temperature)
         limits = make_limits(self.config)
         toolbox = make_toolbox(self.config, self.task)

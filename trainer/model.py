@@ -22,8 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from metis_kernels.adapters import hf
-from trainer.config import ConfigError, LoraConfig
-from trainer.setup import check_path
+from trainer.config import ConfigError, LoraConfig, check_path
 
 IMAGE_TOKEN = "<|image_pad|>"
 _MAX_ENCODED = 4096

@@ -5,7 +5,6 @@ What is wrong with the settings is said before any work is done.
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ if TYPE_CHECKING:  # they take seconds to import, and a wrong flag is to be answ
     from trainer.rollout import Limits
     from trainer.tasks import Task
     from trainer.tools import Toolbox
-
-log = logging.getLogger(__name__)
 
 
 def start(config: Config) -> None:
@@ -60,7 +57,9 @@ def model_path(config: Config) -> str | Path:
     return load_task("glyphs").base
 
 
-def load_model(config: Config, path: str | Path, **training: Any) -> VisionLanguageModel:
+def load_model(
+    config: Config, path: str | Path, log: RunLog, **training: Any
+) -> VisionLanguageModel:
     """The model of a folder or hub name, on the device of the settings. training: see
     VisionLanguageModel.load."""
     import torch
@@ -75,9 +74,7 @@ def load_model(config: Config, path: str | Path, **training: Any) -> VisionLangu
     try:
         apply_liger(vlm.model)
     except ImportError:
-        log.warning(
-            "liger-kernel is not installed (pip install '.[gpu]'): transformers' own layers"
-        )
+        log.say("liger-kernel is not installed (pip install '.[gpu]'): transformers' own layers")
     return vlm
 
 
@@ -214,14 +211,7 @@ def make_remote_agent(
         raise ConfigError(str(error)) from None
 
 
-def check_path(path: str | Path) -> None:
-    """Raises FileNotFoundError for a path (rather than a hub name) where there is no model."""
-    local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or os.sep in str(path)
-    folder = Path(path).expanduser()
-    hub_name = str(path).count("/") == 1 and not folder.parent.exists()
-    if local and not hub_name and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no model at {path}: there is no config.json in such a folder")
-
-
 def check_model(config: Config) -> None:
+    from trainer.config import check_path
+
     check_path(model_path(config))
