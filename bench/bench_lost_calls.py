@@ -1,13 +1,13 @@
 """Whether counterfactual rollouts bring back calls that a policy has lost.
 
-    python -m bench.bench_lost_calls --jobs 2     (half an hour on two cores)
+    OMP_NUM_THREADS=1 python -m bench.bench_lost_calls --jobs 2     (half an hour on two cores)
     python -m bench.render
 
 Makes a policy that answers medium digits without the look that they need: the demo's cold start,
 then 60 steps with a coupled reward. From there `metis rl` goes on for 60 steps of HDPO, with
 counterfactual rollouts and without, over the seeds. What the held-out questions say of each is
-collected in lost_calls.json, beside the other results. Exits 1 where forcing does not help, seed by
-seed.
+collected in lost_calls.json, beside the other results. Exits 1 where the most forcing leaves more
+than half of the missed calls on any seed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 from bench.bench_demo import RESULTS, metis, write
 
-ARMS = {"HDPO": (), "HDPO, forced": ("rl.forced_calls=2", "rl.forced_answers=2")}
-"""Arm -> settings."""
+ARMS = {"HDPO": 0, "HDPO, 2 + 2 of 16 forced": 2, "HDPO, 4 + 4 of 16 forced": 4}
+"""Arm -> rollouts of a group that are made to call, and as many that are made to answer."""
 STEPS = "rl.steps=60"
 
 
@@ -42,9 +42,11 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
 
     def run(arm: str, seed: int) -> dict[str, Any]:
-        name = f"lost-{'forced' if ARMS[arm] else 'alone'}-{seed}"
+        count = ARMS[arm]
+        forced = (f"rl.forced_calls={count}", f"rl.forced_answers={count}")
         path = f"model.path={lost / 'final'}"
-        folder = metis(args, "rl", name, path, STEPS, f"seed={seed}", *ARMS[arm])
+        name = f"lost-forced{count}-{seed}"
+        folder = metis(args, "rl", name, path, STEPS, f"seed={seed}", *forced)
         return {"arm": arm, "seed": seed, "final": _final(folder)}
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -61,12 +63,14 @@ def _final(folder: Path) -> dict[str, Any]:
 
 
 def helps(runs: list[dict[str, Any]], seed: int) -> bool:
-    """Whether fewer needed calls are missed with forced openings, and more answers right."""
-    alone, forced = (
+    """Whether at most half as many needed calls are missed with the most forcing as without any,
+    and more answers are right."""
+    alone, *_, forced = (
         next(run["final"] for run in runs if run["seed"] == seed and run["arm"] == arm)
         for arm in ARMS
     )
-    return forced["missed_rate"] < alone["missed_rate"] and forced["accuracy"] > alone["accuracy"]
+    fewer = forced["missed_rate"] <= alone["missed_rate"] / 2
+    return fewer and forced["accuracy"] > alone["accuracy"]
 
 
 if __name__ == "__main__":

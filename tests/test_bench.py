@@ -10,6 +10,7 @@ from bench import (
     bench_demo,
     bench_linear_hdpo,
     bench_logprobs,
+    bench_lost_calls,
     bench_packing,
     bench_prefix_attention,
     bench_step,
@@ -34,6 +35,18 @@ def test_a_bar_can_be_missed():
     summary = record["runs"][0]
     worse = summary | {"final": summary["final"] | {"redundant_rate": 0.2, "missed_rate": 0.3}}
     assert bench_demo.missed_bars(worse) == ["redundant calls <= 0.05", "missed calls <= 0.10"]
+
+
+def test_forced_openings_brought_lost_calls_back_on_every_recorded_seed():
+    record = json.loads((render.RESULTS / "lost_calls.json").read_text())
+    runs = record["runs"]
+    seeds = {run["seed"] for run in runs}
+    assert len(seeds) >= 3 and record["lost"]["missed_rate"] > 0.3
+    assert all(bench_lost_calls.helps(runs, seed) for seed in seeds)
+    alone, *_, most = bench_lost_calls.ARMS
+    swapped = {alone: most, most: alone}
+    others = [run | {"arm": swapped.get(run["arm"], run["arm"])} for run in runs]
+    assert not any(bench_lost_calls.helps(others, seed) for seed in seeds)
 
 
 # ---- the measuring itself ------------------------------------------------------------------------
