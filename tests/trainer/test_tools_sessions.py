@@ -9,7 +9,7 @@ import time
 
 import pytest
 from PIL import Image, ImageChops
-from test_tools_python import SETTINGS, children, zygotes
+from test_tools_python import SETTINGS, forked, zygotes
 
 from trainer.tools import PythonTool, Toolbox, ToolInfraError
 from trainer.tools.protocol import spec_of
@@ -200,14 +200,14 @@ def test_end_leaves_no_process_and_no_file(python):
     async def main():
         sessions = [Session([]) for _ in range(6)]
         await asyncio.gather(*(python.call(s, "open('f', 'w')") for s in sessions))
-        live = sum(len(children(pid)) for pid in zygotes(python))
+        live = len(forked(python))
         await asyncio.gather(*(python.end(s) for s in sessions))
         await python.end(sessions[0])  # again
         await python.end(Session([]))  # never began
         return live
 
     assert asyncio.run(main()) == 6
-    assert [children(pid) for pid in zygotes(python)] == [[], []]
+    assert forked(python) == []
     assert python._states == {}
 
 
@@ -221,7 +221,7 @@ def test_the_one_unused_for_longest_makes_room():
             await tool.call(a, "x")
             await tool.call(c, "x = 'c'")
             texts = [(await tool.call(s, "x")).text for s in (a, c, b)]
-            return texts, len(children(zygotes(tool)[0]))
+            return texts, len(forked(tool))
 
         texts, count = asyncio.run(main())
     idle = LOST.format("the session was idle and others needed its place")
