@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def latencies(rounds: int, image: Image.Image) -> dict[str, Any]:
     """Medians of one call at a time, in turn, in milliseconds."""
     bare = Bare()
     with (
-        asyncio.Runner() as loop,
+        contextlib.closing(asyncio.new_event_loop()) as loop,
         PythonTool(workers=1, persistent=False) as once,
         PythonTool(workers=1) as kept,
     ):
@@ -97,17 +98,17 @@ def latencies(rounds: int, image: Image.Image) -> dict[str, Any]:
 
         def new_session() -> None:
             ended.append(Session([image]))
-            loop.run(kept.call(ended[-1], "1"))
+            loop.run_until_complete(kept.call(ended[-1], "1"))
 
         def before() -> None:  # off the clock
             session.images[1:] = []
             while ended:
-                loop.run(kept.end(ended.pop()))
+                loop.run_until_complete(kept.end(ended.pop()))
 
         variants = {
             "bare fork": bare,
             "one call": lambda: once.run(CODE, [image]),
-            "session's call": lambda: loop.run(kept.call(session, CODE)),
+            "session's call": lambda: loop.run_until_complete(kept.call(session, CODE)),
             "new session": new_session,
         }
         times = harness.measure(variants, rounds, before=before, warmup=5)

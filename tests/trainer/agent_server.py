@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from local_server import Handler, LocalServer
 
-class AgentServer:
+
+class AgentServer(LocalServer):
     def __init__(
         self,
         policy: Callable[[list[dict[str, Any]]], str],
@@ -28,27 +29,13 @@ class AgentServer:
         """continues: whether it heeds continue_final_message; None: it refuses the field. stops:
         what becomes of stop strings: "eaten and said" (vLLM), "eaten", "kept" or "ignored".
         counts: whether there is `usage`."""
+        super().__init__(AgentHandler)
         self.policy, self.continues, self.stops, self.counts = policy, continues, stops, counts
         self.requests: list[dict[str, Any]] = []
         self.most = 0
         self._active = 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.daemon_threads = True
-        self._server.agent = self
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self) -> AgentServer:
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        )
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.url += "/v1"
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any] | None:
         """None: refused."""
@@ -83,15 +70,12 @@ def said(message: dict[str, Any]) -> str:
     return "".join(part.get("text", "#") for part in content)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class AgentHandler(Handler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args):
-        pass
-
     def do_POST(self):
-        agent = self.server.agent
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        agent = self.server
+        body = json.loads(self.body())
         with agent._lock:
             agent.requests.append(body)
             agent._active += 1
@@ -100,7 +84,4 @@ class _Handler(BaseHTTPRequestHandler):
         with agent._lock:
             agent._active -= 1
         data = json.dumps(answer or {"error": "unknown field: continue_final_message"}).encode()
-        self.send_response(200 if answer else 422)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.send(200 if answer else 422, data)

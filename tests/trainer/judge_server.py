@@ -18,8 +18,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from local_server import Handler, LocalServer
 
 from trainer.grade import Answered, Grader
 from trainer.judge import Case, Judge
@@ -78,13 +79,14 @@ def equal(body: dict) -> str:
     return verdict("CORRECT" if case["prediction"] in case["ground_truths"] else "INCORRECT")
 
 
-class JudgeServer:
+class JudgeServer(LocalServer):
     """Requests are kept in `requests` (bodies) and `times` (monotonic), the most at once in
     `most`."""
 
     def __init__(self, script: Sequence[Step], *, schema: bool = True, usage: bool = True):
         """schema: whether response_format is taken; otherwise it is answered with 400, without a
         step of the script. usage: whether tokens are counted in the response."""
+        super().__init__(JudgeHandler)
         self.script = list(script)
         self.schema = schema
         self.usage = usage
@@ -96,22 +98,11 @@ class JudgeServer:
         self._steps = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.judge = self
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        self.url += "/v1"
 
-    def __enter__(self) -> JudgeServer:
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        )
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._stopped.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().close()
 
     def next_step(self, body: dict) -> str:
         with self._lock:
@@ -120,25 +111,13 @@ class JudgeServer:
         return step if isinstance(step, str) else step(body)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 256
-    judge: JudgeServer
-
-    def handle_error(self, request, client_address):
-        pass  # a client that has given up
-
-
-class _Handler(BaseHTTPRequestHandler):
+class JudgeHandler(Handler):
     protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def log_message(self, *args):
-        pass
+    server: JudgeServer
 
     def do_POST(self):
-        judge = self.server.judge
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        judge = self.server
+        body = json.loads(self.body())
         with judge._lock:
             judge.requests.append(body)
             judge.headers.append(dict(self.headers))
@@ -147,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             judge.most = max(judge.most, judge._active)
         try:
             if not judge.schema and "response_format" in body:
-                self._send(400, b'{"error": "unknown field: response_format"}')
+                self.send(400, b'{"error": "unknown field: response_format"}')
             else:
                 self._play(judge, judge.next_step(body))
         finally:
@@ -163,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             judge._stopped.wait(60)
             self._end()
         elif step in ("hang in the body", "drip"):
-            self._head(200, 100_000)
+            self.head(200, 100_000)
             while step == "drip" and not judge._stopped.wait(0.05):
                 self.wfile.write(b" ")
                 self.wfile.flush()
@@ -173,13 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
             judge._stopped.wait(0.3)
             self._complete(judge, verdict("INCORRECT"))
         elif step in ("400", "401", "404", "500", "503"):
-            self._send(int(step), b'{"error": "scripted"}')
+            self.send(int(step), b'{"error": "scripted"}')
         elif step.startswith("429"):
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1))
             after = {"429": "0.2", "429 long": "3600", "429 date": date, "429 odd": "soon"}[step]
-            self._send(429, b'{"error": "slow down"}', {"Retry-After": after})
+            self.send(429, b'{"error": "slow down"}', {"Retry-After": after})
         elif step == "half":
-            self._head(200, 500)
+            self.head(200, 500)
             self.wfile.write(b'{"choices": [{"message": {"content": "{\\"verdict\\": \\"CORR')
             self.wfile.flush()
             self._end()
@@ -187,11 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"NOPE nope\r\n\r\n")
             self._end()
         elif step == "redirect":
-            self._send(302, b"", {"Location": "http://127.0.0.1:1/v1/chat/completions"})
+            self.send(302, b"", {"Location": "http://127.0.0.1:1/v1/chat/completions"})
         elif step == "null content":
             self._complete(judge, None)
         elif step in _BODIES:
-            self._send(200, _BODIES[step])
+            self.send(200, _BODIES[step])
         else:
             self._complete(judge, step)
 
@@ -202,19 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if judge.usage:
             body["usage"] = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
-        self._send(200, json.dumps(body).encode())
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self._head(status, len(body), headers)
-        self.wfile.write(body)
-
-    def _head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(length))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send(200, json.dumps(body).encode())
 
     def _end(self) -> None:
         self.close_connection = True

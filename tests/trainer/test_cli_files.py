@@ -6,11 +6,11 @@ import asyncio
 import json
 
 import pytest
+from data_files import rl_row, write_rl
+from judge_server import JudgeServer, judge_of, verdict
 from processes import metis
 
 import trainer.rl
-from tests.trainer.data_files import rl_row, write_rl
-from tests.trainer.judge_server import JudgeServer, judge_of, verdict
 from trainer.cli import main
 from trainer.config import ConfigError, load
 from trainer.grade import Grader

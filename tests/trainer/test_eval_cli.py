@@ -8,10 +8,10 @@ import re
 import signal
 
 import pytest
+from agent_server import AgentServer
+from judge_server import JudgeServer
 from synthetic import HOSTILE, check_page, check_svg
 
-from tests.trainer.agent_server import AgentServer
-from tests.trainer.judge_server import JudgeServer
 from trainer import cli
 from trainer.answers import read_answers
 from trainer.eval_report import write_comparison, write_report

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from test_arbitration import ANSWERS, answer
 
-from tests.trainer.test_arbitration import ANSWERS, answer
 from trainer.answers import Answer, read_answers
 from trainer.comparison import evaluation, read_runs
 from trainer.evaluate import evaluate

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from tests.trainer.judge_server import (
+from judge_server import (
     ATTACKS,
     JudgeServer,
     case_of,
@@ -16,6 +15,7 @@ from tests.trainer.judge_server import (
     judge_of,
     verdict,
 )
+
 from trainer.grade import Answered, Grader, journal_counts
 from trainer.judge import Judge
 from trainer.openai_client import (

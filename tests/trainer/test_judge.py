@@ -9,9 +9,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-
-from tests.trainer.judge_server import (
+from judge_server import (
     ATTACKS,
     CASE,
     JudgeServer,
@@ -22,6 +20,8 @@ from tests.trainer.judge_server import (
     judged,
     verdict,
 )
+from PIL import Image
+
 from trainer.grade import Answered, Grader
 from trainer.json_cache import JsonCache
 from trainer.judge import RUBRIC, Case, Judge, JudgeDown, parse_verdict, quoted, user_message

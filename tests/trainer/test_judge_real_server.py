@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from tests.trainer.judge_server import (
+from judge_server import (
     graded,
 )
+
 from trainer.config import ConfigError
 from trainer.engines.remote import RemoteAgent
 from trainer.grade import Answered, Grader

@@ -7,13 +7,13 @@ import socket
 import time
 
 import pytest
-
-from tests.trainer.judge_server import (
+from judge_server import (
     FAST,
     JudgeServer,
     chat,
     client_of,
 )
+
 from trainer import openai_client
 from trainer.openai_client import (
     Budget,

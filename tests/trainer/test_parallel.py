@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_worker import KINDS, STEPS, learn
 
-from tests.trainer.parallel_worker import KINDS, STEPS, learn
 from trainer.parallel import World
 
 ROOT = Path(__file__).resolve().parent.parent.parent

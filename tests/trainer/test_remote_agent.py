@@ -8,10 +8,10 @@ import re
 import time
 
 import pytest
+from agent_server import AgentServer, said
+from judge_server import FAST, JudgeServer
 from PIL import Image
 
-from tests.trainer.agent_server import AgentServer, said
-from tests.trainer.judge_server import FAST, JudgeServer
 from trainer.config import ConfigError
 from trainer.engines.remote import AgentDown, RemoteAgent
 from trainer.openai_client import Budget, OpenAIClient

@@ -11,12 +11,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_server import Handler, LocalServer
 from PIL import Image, ImageChops
 
 from trainer.tools import PythonTool, Toolbox, ToolInfraError
@@ -60,10 +59,9 @@ def run_code(request):
         }
 
 
-class Handler(BaseHTTPRequestHandler):
+class FusionHandler(Handler):
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = json.loads(body)
+        request = json.loads(self.body())
         self.server.requests.append((self.path, dict(self.headers), request))
         said = self.server.script.pop(0) if self.server.script else run_code
         if said is None:  # hang up
@@ -71,32 +69,22 @@ class Handler(BaseHTTPRequestHandler):
             return
         status, content = (200, said(request)) if callable(said) else said
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.send(status, data)
 
 
 @pytest.fixture(scope="module")
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with LocalServer(FusionHandler) as server:
+        yield server
 
 
 @pytest.fixture
 def tool(server, monkeypatch):
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
     server.script, server.requests = [], []
-    url = f"http://127.0.0.1:{server.server_port}/"
-    with SandboxFusionTool(url, timeout=5, memory=256 << 20, headers={"X-Key": "k"}) as tool:
+    with SandboxFusionTool(
+        f"{server.url}/", timeout=5, memory=256 << 20, headers={"X-Key": "k"}
+    ) as tool:
         yield tool
 
 

@@ -2,11 +2,10 @@
 
 import asyncio
 import copy
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from local_server import Handler, LocalServer
 from tool_server import UNAVAILABLE, Process, call, picture
 
 from bench import bench_tool_server
@@ -134,22 +133,16 @@ def test_a_lost_answer_is_asked_for_again_and_not_run_again(server):
     asyncio.run(main())
 
 
-class Odd(BaseHTTPRequestHandler):
+class Odd(Handler):
     """Answers as no tool server does."""
 
     answer: tuple[int, bytes] = (200, b"")
 
     def reply(self):
-        self.rfile.read(int(self.headers.get("content-length", 0)))
-        self.send_response(self.answer[0])
-        self.send_header("Content-Length", str(len(self.answer[1])))
-        self.end_headers()
-        self.wfile.write(self.answer[1])
+        self.body()
+        self.send(*self.answer)
 
     do_GET = do_POST = do_PUT = do_DELETE = reply
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -157,15 +150,12 @@ class Odd(BaseHTTPRequestHandler):
     [(200, b"<html>"), (200, b"[]"), (200, b'{"tools": 1}'), (500, b"{}"), (302, b""), (418, b"x")],
 )
 def test_a_server_that_is_none(answer):
-    handler = type("Handler", (Odd,), {"answer": answer})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as odd:
-        threading.Thread(target=odd.serve_forever, daemon=True).start()
-        box = RemoteToolbox(f"http://127.0.0.1:{odd.server_port}", retries=1)
+    with LocalServer(type("Handler", (Odd,), {"answer": answer})) as odd:
+        box = RemoteToolbox(odd.url, retries=1)
         with pytest.raises(ToolInfraError):
             box.schemas()
         session = Session([])
         assert asyncio.run(box.execute(call("count"), session)) == (None, UNAVAILABLE)
-        odd.shutdown()
 
 
 def test_nobody_answers():

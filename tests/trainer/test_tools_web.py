@@ -11,7 +11,7 @@ import urllib.parse
 
 import pytest
 from PIL import Image
-from search_server import Service
+from search_server import SearchServer
 
 from trainer.tools import web
 from trainer.tools._cache import Cache, RateLimit
@@ -27,9 +27,8 @@ KEY = "k3y-that-nobody-may-see/+%"
 
 @pytest.fixture
 def service():
-    service = Service()
-    yield service
-    service.close()
+    with SearchServer() as service:
+        yield service
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def ask(provider, text="fox", **options):
 
 
 def serper(service, **options):
-    return Serper(KEY, address=service.address, **options)
+    return Serper(KEY, address=service.url, **options)
 
 
 ORGANIC = [
@@ -78,7 +77,7 @@ def test_serper(service):
 def test_serpapi(service):
     answer = {"search_metadata": {"status": "Success"}, "organic_results": ORGANIC}
     service.script = [(200, answer, {})]
-    assert ask(SerpApi(KEY, address=service.address), "fox & hen?") == EXPECTED
+    assert ask(SerpApi(KEY, address=service.url), "fox & hen?") == EXPECTED
     method, path, _, _ = service.requests[0]
     assert method == "GET" and path.startswith("/search?")
     assert service.queries[0] == {
@@ -93,7 +92,7 @@ def test_serpapi(service):
 def test_brightdata(service, monkeypatch):
     organic = [{**one, "description": one["snippet"], "rank": 1} for one in ORGANIC]
     service.script = [(200, {"general": {}, "organic": organic}, {})]
-    assert ask(BrightData(KEY, zone="z", address=service.address), "fox & hen") == EXPECTED
+    assert ask(BrightData(KEY, zone="z", address=service.url), "fox & hen") == EXPECTED
     method, path, headers, body = service.requests[0]
     assert (method, path) == ("POST", "/request")
     assert headers.get("Authorization", headers.get("authorization")) == f"Bearer {KEY}"
@@ -119,7 +118,7 @@ def test_brightdata(service, monkeypatch):
 )
 def test_no_result_is_a_result(service, provider, answer):
     service.script = [(200, answer, {})]
-    assert ask(provider(KEY, address=service.address)) == []
+    assert ask(provider(KEY, address=service.url)) == []
     assert len(service.requests) == 1
 
 
@@ -227,14 +226,14 @@ def test_only_a_refusal_of_the_query_is_the_policy_s_fault(service):
 def test_garbage_is_nobodys_fault(service, provider, body):
     service.script = [(200, body, {})]
     with pytest.raises(ToolInfraError) as caught:
-        ask(provider(KEY, address=service.address))
+        ask(provider(KEY, address=service.url))
     assert len(str(caught.value)) < 400 and len(service.requests) == 1
 
 
 def test_serpapi_s_own_errors(service):
     service.script = [(200, {"error": "Your account has run out of searches."}, {})]
     with pytest.raises(ToolInfraError, match="run out of searches"):
-        ask(SerpApi(KEY, address=service.address))
+        ask(SerpApi(KEY, address=service.url))
 
 
 def test_a_huge_body_is_not_read(service, monkeypatch):
@@ -284,7 +283,7 @@ def test_slow_services_are_given_up(service):
 
 
 def test_no_service_at_all(service):
-    address = service.address
+    address = service.url
     service.close()
     with pytest.raises(ToolInfraError, match="serper failed, try 4: ConnectError"):
         ask(Serper(KEY, address=address))
@@ -313,7 +312,7 @@ def test_the_key_is_nowhere_to_be_seen(service, provider, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     options = {"zone": "z"} if provider is BrightData else {}
     cache = Cache(tmp_path / "cache.sqlite")
-    made = provider(KEY, address=service.address, cache=cache, budget=0.5, **options)
+    made = provider(KEY, address=service.url, cache=cache, budget=0.5, **options)
     echo = f"You are {KEY} or {urllib.parse.quote(KEY, safe='')}"
     organic = [{"title": echo, "link": f"https://x.y?api_key={KEY}", "snippet": echo}]
     service.script = [(200, {"organic": organic, "organic_results": organic}, {})]
@@ -542,7 +541,7 @@ def test_searching_by_image(service, tmp_path):
         return "https://pictures.here/2.png"
 
     service.script = [(200, {"visual_matches": lens}, {})]
-    tool = WebImageSearch(SerpApi(KEY, address=service.address), later)
+    tool = WebImageSearch(SerpApi(KEY, address=service.url), later)
     text = asyncio.run(tool.call(Session([Image.new("RGB", (9, 9))]))).text
     assert text == '1. "A fox\\nhttps://a.b/fox\\nFoxes are red."'
     assert service.queries[-1]["engine"] == "google_lens"
