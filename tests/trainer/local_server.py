@@ -9,6 +9,7 @@ its handler finds it as `self.server`.
 
 from __future__ import annotations
 
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -34,8 +35,9 @@ class LocalServer(ThreadingHTTPServer):
         self.server_close()
         self._thread.join()
 
-    def handle_error(self, *_: object) -> None:
-        pass  # a client that has given up
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # OSError: a client that has given up
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

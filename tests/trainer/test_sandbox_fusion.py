@@ -72,16 +72,23 @@ class FusionHandler(Handler):
         self.send(status, data)
 
 
-@pytest.fixture(scope="module")
+class FusionServer(LocalServer):
+    """Runs what it is sent, but for what it is told to say instead (None: it hangs up)."""
+
+    def __init__(self):
+        super().__init__(FusionHandler)
+        self.script, self.requests = [], []
+
+
+@pytest.fixture
 def server():
-    with LocalServer(FusionHandler) as server:
+    with FusionServer() as server:
         yield server
 
 
 @pytest.fixture
 def tool(server, monkeypatch):
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
-    server.script, server.requests = [], []
     with SandboxFusionTool(
         f"{server.url}/", timeout=5, memory=256 << 20, headers={"X-Key": "k"}
     ) as tool:
@@ -141,9 +148,8 @@ def test_what_the_policy_reads_is_the_same(tool):
         assert spec_of(tool).schema == spec_of(home).schema
 
 
-def test_too_long_is_the_policys_fault(server, monkeypatch):
-    url = f"http://127.0.0.1:{server.server_port}"
-    with SandboxFusionTool(url, timeout=1) as tool:
+def test_too_long_is_the_policys_fault(server):
+    with SandboxFusionTool(server.url, timeout=1) as tool:
         said = Observation("Error: timed out after 1 s", status="tool_error")
         assert tool.run("while True: pass") == said
 
