@@ -171,11 +171,11 @@ def test_nobody_answers():
 
 def test_nothing_is_lost_under_load():
     """A short form of bench_tool_server.py: hostile calls, workers of python killed, 429s."""
-    limits = ServerLimits(concurrency=16, queue=40)
+    limits = ServerLimits(concurrency=16, queue=16)  # half of the sessions, so that some must wait
     tally, counted = bench_tool_server.run(64, 8.0, 0.05, True, limits)
     assert bench_tool_server.faults(tally, counted, True) == []
     assert tally.calls > 100 and counted["workers_killed"] >= 1
-    assert counted["metis_tools_refused_total"] > 0
+    assert counted.get("metis_tools_refused_total", 0) > 0
     # Whoever was on a worker that was killed, and nobody else.
     assert tally.count("infra_error") < 0.3 * tally.calls
 

@@ -8,7 +8,17 @@ import time
 
 import pytest
 from PIL import Image
-from tool_server import UNAVAILABLE, Process, call, client, metric, opened, picture, toolbox
+from tool_server import (
+    UNAVAILABLE,
+    Process,
+    call,
+    client,
+    metric,
+    opened,
+    picture,
+    toolbox,
+    wait_for_calls,
+)
 
 from trainer.tools import ToolInfraError
 from trainer.tools.client import RemoteToolbox, httpx
@@ -247,7 +257,8 @@ def test_a_key_is_run_once(http):
     assert post("x" * 129, **count).status_code == 422
 
     # While the call still runs: the second request waits for the one call.
-    slow = {"name": "count", "arguments": {"seconds": 0.3}}
+    running = metric(http, "metis_tools_calls_running")
+    slow = {"name": "count", "arguments": {"seconds": 0.6}}
     answers = {}
     threads = [
         threading.Thread(target=lambda n=n: answers.update({n: post("slow", **slow).json()}))
@@ -255,7 +266,7 @@ def test_a_key_is_run_once(http):
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.1)
+    wait_for_calls(http, running + 1)
     assert post("other", **count).status_code == 409
     for thread in threads:
         thread.join()
@@ -347,7 +358,8 @@ def test_urls_that_are_none(url):
 
 
 def test_a_full_server_refuses_and_the_client_waits():
-    with Process(limits={"concurrency": 1, "queue": 1, "sessions": 5}) as server:
+    limits = {"concurrency": 1, "queue": 1, "sessions": 5}
+    with Process(limits=limits) as server, client(server) as http:
 
         async def main():
             async with RemoteToolbox(server.url) as box:
@@ -356,7 +368,7 @@ def test_a_full_server_refuses_and_the_client_waits():
                 assert [o.text for _, o in answers] == ["waited 0.3"] * 3
                 slow = call("wait", seconds=30)
                 tasks = [asyncio.create_task(box.execute(slow, Session([]))) for _ in range(2)]
-                await asyncio.sleep(0.4)
+                await asyncio.to_thread(wait_for_calls, http, 1, 1)
                 async with RemoteToolbox(server.url, patience=0.5) as impatient:
                     assert (await impatient.execute(slow, Session([])))[1] == UNAVAILABLE
                 for task in tasks:
@@ -364,44 +376,41 @@ def test_a_full_server_refuses_and_the_client_waits():
             # Their sessions are ended by now, and with them the calls that nobody waits for.
 
         asyncio.run(main())
-        with client(server) as http:
-            names = [opened(http) for _ in range(3)]
-            threads = [
-                threading.Thread(
-                    target=httpx.post,
-                    args=(f"{server.url}/sessions/{name}/calls",),
-                    kwargs={"json": {"text": call("wait", seconds=0.5)}, "trust_env": False},
-                )
-                for name in names[:2]
-            ]
-            for thread in threads:
-                thread.start()
-                time.sleep(0.15)
-            refused = http.post(f"/sessions/{names[2]}/calls", json={"text": "{}"})
-            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-            assert metric(http, "metis_tools_calls_running") == 1
-            assert metric(http, "metis_tools_calls_queued") == 1
-            for thread in threads:
-                thread.join()
-            # What was refused was not remembered: the same key is run now.
-            assert http.post(f"/sessions/{names[2]}/calls", json={"text": "{}"}).status_code == 200
-            statuses = [http.post("/sessions", json={}).status_code for _ in range(6)]
-            assert statuses[-1] == 429 and 201 in statuses
+        names = [opened(http) for _ in range(3)]
+        threads = [
+            threading.Thread(
+                target=httpx.post,
+                args=(f"{server.url}/sessions/{name}/calls",),
+                kwargs={"json": {"text": call("wait", seconds=1.0)}, "trust_env": False},
+            )
+            for name in names[:2]
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for_calls(http, 1, 1)
+        refused = http.post(f"/sessions/{names[2]}/calls", json={"text": "{}"})
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        for thread in threads:
+            thread.join()
+        # What was refused was not remembered: the same key is run now.
+        assert http.post(f"/sessions/{names[2]}/calls", json={"text": "{}"}).status_code == 200
+        statuses = [http.post("/sessions", json={}).status_code for _ in range(6)]
+        assert statuses[-1] == 429 and 201 in statuses
 
 
 def test_sessions_end_by_themselves(tmp_path):
     ended = tmp_path / "ended"
-    limits = {"idle_seconds": 0.4, "lifetime_seconds": 1.2}
+    limits = {"idle_seconds": 0.7, "lifetime_seconds": 2.0}
     with Process(limits=limits, ended=str(ended)) as server:
         with client(server) as http:
             idle, busy = opened(http), opened(http)
-            wait = {"text": call("wait", seconds=0.6)}
+            wait = {"text": call("wait", seconds=1.0)}
             assert http.post(f"/sessions/{busy}/calls", json=wait).status_code == 200
             assert http.post(f"/sessions/{idle}/calls", json=wait).status_code == 404
             assert ended.read_text().split() == [idle]
             # Old, although it is used all the time; the call that runs is still answered.
             assert http.post(f"/sessions/{busy}/calls", json=wait).status_code == 200
-            time.sleep(0.4)
+            time.sleep(0.7)
             assert http.post(f"/sessions/{busy}/calls", json=wait).status_code == 404
             assert ended.read_text().split() == [idle, busy]
             assert metric(http, "metis_tools_sessions") == 0

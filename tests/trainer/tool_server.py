@@ -160,6 +160,17 @@ def metric(client, name):
     return 0.0
 
 
+def wait_for_calls(client, running, queued=0, seconds=10.0):
+    """Until so many calls run at the server and so many wait for their turn."""
+    end = time.monotonic() + seconds
+    while True:
+        found = [metric(client, f"metis_tools_calls_{state}") for state in ("running", "queued")]
+        if found == [running, queued]:
+            return
+        assert time.monotonic() < end, found
+        time.sleep(0.01)
+
+
 def opened(http, **body):
     return http.post("/sessions", json=body).json()["id"]
 

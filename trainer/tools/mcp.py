@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import concurrent.futures
 import contextlib
 import json
 import logging
@@ -326,7 +327,7 @@ class _Connection:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(seconds)
-        except TimeoutError:
+        except concurrent.futures.TimeoutError:  # TimeoutError itself, since Python 3.11
             future.cancel()
             raise ToolInfraError(
                 f"the MCP server {self._name} did not answer in {seconds:g} s"
