@@ -39,7 +39,7 @@ from bench import aot
 case = next(case for case in aot.cases() if case.name.startswith("row_kernel hdpo"))
 big = replace(case, constants={**case.constants, "BLOCK": 2048}, warps=1)  # 64 columns a thread
 found = aot.compile_case(big, 90)
-assert found.registers == 255 and found.stack > 100 and found.looped > 50, found
+assert found.registers == 255 and found.stack and found.looped > 10, found  # by version, 28 to 154
 
 def counted(*lines):
     return aot.local_accesses_in_loops("\\n".join(lines))
