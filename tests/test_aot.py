@@ -36,10 +36,10 @@ def test_every_kernel_compiles_without_a_spill():
 SPILLS = """
 from dataclasses import replace
 from bench import aot
-case = next(case for case in aot.cases() if case.name.startswith("row_kernel hdpo"))
-big = replace(case, constants={**case.constants, "BLOCK": 2048}, warps=1)  # 64 columns a thread
+case = next(case for case in aot.cases() if case.name.startswith("row_kernel hdpo entropy softcap"))
+big = replace(case, constants=case.constants | {"BLOCK": 2048}, warps=1)  # 64 columns a thread
 found = aot.compile_case(big, 90)
-assert found.registers == 255 and found.stack and found.looped > 10, found  # by version, 28 to 154
+assert found.stack and found.looped > 50, found  # triton 3.8: 100, 3.9: 232
 
 def counted(*lines):
     return aot.local_accesses_in_loops("\\n".join(lines))
