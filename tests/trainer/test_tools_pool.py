@@ -158,7 +158,9 @@ def test_a_thousand_calls_leave_nothing(python, picture):
         before = state()
         descriptors = [len(os.listdir(f"/proc/{pid}/fd")) for pid in zygotes(python)]
         await calls(1000)
-        assert state() == before
+        # Fewer: what an earlier test has left to the garbage collector.
+        open_files, processes = state()
+        assert open_files <= before[0] and processes == before[1]
         after = [len(os.listdir(f"/proc/{pid}/fd")) for pid in zygotes(python)]
         # On a loaded machine one may still have been busy with its start when first looked at.
         assert len(after) == len(descriptors) and max(after) <= max(descriptors)
