@@ -403,11 +403,7 @@ def test_a_group_asks_once(service, tmp_path, cached):
 
     def slowly(handler):
         said.wait(10)
-        body = json.dumps(GOOD[1]).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
+        handler.send(200, json.dumps(GOOD[1]).encode())
 
     service.script = [(401, b"", {})]
     assert all(isinstance(one, ToolInfraError) for one in asyncio.run(group()))
